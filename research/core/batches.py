@@ -1,13 +1,18 @@
-"""Batches from plain functions, and moving them to the device ahead of time."""
+"""Batches from plain functions, and drawing them ahead of time."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
 
 from research.core.types import Batch, Batches, BatchIterator
+
+T = TypeVar("T")
 
 
 class _FunctionIterator:
@@ -50,18 +55,34 @@ def open_at(batches: Batches, step: int, position: Mapping[str, Any] | None = No
     return iterator
 
 
-class Drawn(NamedTuple):
-    """A batch and the iterator's position after it."""
+class Call(NamedTuple):
+    """The batches of one compiled call, stacked, and the iterator's position after them."""
 
-    batch: Batch
+    batches: Batch
+    length: int
     position: Mapping[str, Any]
 
 
-def prefetched(iterator: BatchIterator, put: Callable[[Batch], Batch], depth: int = 2) -> Iterator[Drawn]:
-    """Draws and `put`s up to `depth` batches ahead in a thread. What the thread raises is raised here, in order; closing the
+def calls(iterator: BatchIterator, step: int, steps: int, per_call: int, put: Callable[[Batch], Batch]) -> Iterator[Call]:
+    """Draws from `step` to `steps`, `per_call` batches at a time where they fit, aligned to its multiples, else one; host
+    batches with a new leading axis go through `put`. Raises ValueError where the batches end early."""
+    while step < steps:
+        n = per_call if step % per_call == 0 and step + per_call <= steps else 1
+        drawn = []
+        for i in range(n):
+            try:
+                drawn.append(next(iterator))
+            except StopIteration:
+                raise ValueError(f"the batches ended after {step + i} of {steps} steps") from None
+        yield Call(put(jax.tree.map(lambda *xs: np.stack(xs), *drawn)), n, dict(iterator.get_state()))
+        step += n
+
+
+def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The same items, up to `depth` made ahead in a thread. What the thread raises is raised here, in its place; closing the
     generator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
-    closed = threading.Event()
+    closed, end = threading.Event(), object()
 
     def offer(item: Any) -> bool:
         while not closed.is_set():
@@ -74,22 +95,22 @@ def prefetched(iterator: BatchIterator, put: Callable[[Batch], Batch], depth: in
 
     def work() -> None:
         try:
-            while True:
-                batch = next(iterator)
-                if not offer(Drawn(put(batch), dict(iterator.get_state()))):
+            for item in items:
+                if not offer((item, None)):
                     return
-        except BaseException as error:  # handed over, StopIteration included
-            offer(error)
+            offer((end, None))
+        except BaseException as error:  # handed over, not handled
+            offer((end, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            item = ready.get()
-            if isinstance(item, StopIteration):
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
                 return
-            if isinstance(item, BaseException):
-                raise item
             yield item
     finally:
         closed.set()

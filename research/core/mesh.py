@@ -1,0 +1,98 @@
+"""Logical axis names to mesh axes. The only module that knows a mesh axis by name.
+
+A `Layout` is a mesh and the table `{logical name: mesh axis or axes}`. Where an array's named dimension is laid over mesh axes
+it must divide by their sizes; what cannot work is refused in one line before anything compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from research.core.names import nearest
+from research.core.tree import joined, map_with_path
+
+AXES = ("data", "fsdp")
+RULES: Mapping[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "embed": ("fsdp",)}
+
+
+class Layout(NamedTuple):
+    """A mesh and which of its axes each logical name is laid over."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int], what: str) -> PartitionSpec:
+        """The PartitionSpec of an array called `what`. ValueError names the array, the dimension and the axis."""
+        used: dict[str, int] = {}
+        out: list[Any] = []
+        for i, size in enumerate(shape):
+            name = axes[i] if i < len(axes) else None
+            over = tuple(a for a in self.rules.get(name, ()) if self.mesh.shape.get(a, 1) > 1) if name else ()
+            for a in over:
+                if a in used:
+                    raise ValueError(f"mesh axis {a!r} is used twice on {what} {tuple(shape)}: dimensions {used[a]} and {i}")
+                used[a] = i
+            parts = math.prod(self.mesh.shape[a] for a in over)
+            if size % parts:
+                raise ValueError(
+                    f"{what} {tuple(shape)}: dimension {i} ({name}) of {size} is not divisible by mesh {'x'.join(over)}={parts}"
+                )
+            out.append(over if len(over) > 1 else over[0] if over else None)
+        return PartitionSpec(*out)
+
+    def shardings(self, axes: Any, abstract: Any, what: str) -> Any:
+        """NamedShardings of a tree of arrays (or their shapes) whose axes are `axes`."""
+        return map_with_path(
+            lambda path, a, x: NamedSharding(self.mesh, self.spec(tuple(a), x.shape, f"{what} {joined(path)}")), axes, abstract
+        )
+
+    def batch_shardings(self, specs: Any) -> Any:
+        return map_with_path(
+            lambda path, s: NamedSharding(self.mesh, self.spec(s.axes, s.shape, f"batch {joined(path)}")), specs
+        )
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = RULES) -> Layout | None:
+    """A Layout over the first prod(sizes) devices; one size may be -1 (all that are left). None where every size is 1.
+
+    Raises ValueError on an unknown axis, or sizes that the devices at hand cannot make up.
+    """
+    for axis in sizes:
+        if axis not in AXES:
+            raise ValueError(f"mesh.{axis}: no such mesh axis; allowed: {', '.join(AXES)}; nearest: {nearest(axis, AXES)}")
+    for name, over in rules.items():
+        for axis in over:
+            if axis not in AXES:
+                raise ValueError(f"mesh rule {name!r}: no mesh axis {axis!r}; allowed: {', '.join(AXES)}")
+    sizes, devices = dict(sizes), jax.devices()
+    open_axes = [a for a, n in sizes.items() if n == -1]
+    known = math.prod(n for n in sizes.values() if n != -1)
+    if len(open_axes) > 1 or any(n != -1 and n < 1 for n in sizes.values()):
+        raise ValueError(f"mesh {sizes}: sizes are 1 or more, and at most one is -1")
+    if known > len(devices) or (open_axes and len(devices) % known):
+        raise ValueError(f"mesh {sizes}: needs {'a divisor of' if open_axes else 'at most'} {len(devices)} devices, got {known}")
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // known
+    total = math.prod(sizes.values())
+    if total == 1:
+        return None
+    # Auto axes: under Explicit ones, the default of jax.make_mesh, embedding look-ups raise.
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
+    )
+    return Layout(mesh, {k: tuple(v) for k, v in rules.items()})
+
+
+def entered(layout: Layout | None) -> contextlib.AbstractContextManager:
+    """The one ambient context of the project: `jax.set_mesh` where there is a mesh."""
+    return contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh)
