@@ -177,7 +177,7 @@ def train(
             due = [name for name, e in evaluations.items() if last or (e.every and step % e.every == 0)]
             saving = checkpoints and (last or (checkpoints.every and step % checkpoints.every == 0))
             halt = interrupted.is_set()
-            if step % log_every == 0 or due or saving or halt:
+            if last or step % log_every == 0 or due or saving or halt:
                 host = metrics.stack_on_host(seen)
                 guard.check(host, step)  # before anything is evaluated, saved or called best
                 guard.anchor(state)

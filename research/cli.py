@@ -1,0 +1,56 @@
+"""What the verbs share: arguments, and errors told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from research.core.checkpoint import CheckpointError
+from research.core.config import ConfigError
+from research.core.nonfinite import NonFiniteError
+
+PACKAGE = Path(__file__).resolve().parent
+BAD_INPUT, FAILED = 2, 1
+
+
+def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser whose help ends with a working example."""
+    return argparse.ArgumentParser(
+        prog=f"gnomon {verb}",
+        description=description,
+        epilog=f"example:\n  gnomon {verb} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether the error was raised by a line of this project, or of a user's config, and not from deep inside a library."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return "site-packages" not in last or PACKAGE in Path(last).parents
+
+
+@contextlib.contextmanager
+def one_line_errors(verb: str) -> Iterator[None]:
+    """Ends the process with one line where the input is bad (code 2) or the run failed (code 1). What is neither is a fault of
+    the code, and keeps its traceback."""
+    code = None
+    try:
+        yield
+    except (NonFiniteError, CheckpointError) as error:
+        code, line = FAILED, str(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None and not _ours(error):
+            raise
+        named = f": {error.filename}" if error.filename is not None and str(error.filename) not in str(error) else ""
+        code, line = BAD_INPUT if isinstance(error, FileNotFoundError) else FAILED, f"{error}{named}"
+    except ValueError as error:
+        if "\n" in str(error) or not (isinstance(error, ConfigError) or _ours(error)):
+            raise
+        code, line = BAD_INPUT, str(error)
+    if code is not None:
+        print(f"gnomon {verb}: {line}", file=sys.stderr)
+        raise SystemExit(code)
