@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What meta.json says. `order` counts saves: after a run went back to an earlier step, the newest is not the highest step."""
+    """What meta.json says. `order` counts saves: once a run went back to an earlier step, the newest is not the highest step."""
 
     saved: Saved
     order: int
@@ -118,7 +118,7 @@ class Checkpoints:
             "leaves": storage.describe(rest),
             "frozen_leaves": frozen_leaves,
         }
-        files.json_bytes(meta)
+        files.json_bytes(meta)  # what is no JSON is refused here, not in the background
         partial = self.directory / f"{_PARTIAL}{name}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class Checkpoints:
         try:
             wait()
             meta["frozen"] = None if frozen is None else self._store_frozen(frozen, meta["frozen_leaves"])
-            files.write_whole(partial / "meta.json", files.json_bytes(meta))
+            files.write_whole(partial / "meta.json", files.json_bytes(meta, indent=None))
             files.seal(partial)
             final, replaced = self.directory / name, self.directory / f"{_REPLACED}{name}"
             if final.exists():
@@ -182,8 +182,8 @@ class Checkpoints:
     def latest(self) -> Saved | None:
         """The newest intact checkpoint; None if none was ever completed.
 
-        A damaged one is named in one line of warning and put aside, and the one before it is taken. Raises CheckpointError if some
-        were written and none is intact.
+        A damaged one is named in one line of warning and put aside, and the one before it is taken.
+        Raises CheckpointError if some were written and none is intact.
         """
         self.wait()
         self._recover()
@@ -203,8 +203,8 @@ class Checkpoints:
         return found
 
     def load(self, saved: Saved, abstract: Tree | None = None) -> State:
-        """The State of `saved` as `abstract` has it (ShapeDtypeStructs, laid out on their shardings); as nested dicts of arrays on
-        the first device where it is None. The hash of every file is checked first.
+        """The State of `saved` as `abstract` has it (ShapeDtypeStructs, laid out on their shardings); as nested dicts of arrays
+        on the first device where it is None. The hash of every file is checked first.
 
         Raises CheckpointError (one line) naming the damaged file, or the first path whose shape or dtype differs.
         """

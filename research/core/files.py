@@ -1,8 +1,8 @@
 """Files that are there whole or not at all: atomic writes, and folders sealed by a manifest of hashes.
 
-A sealed folder holds `manifest.json`: {"files": {path: {"bytes": int, "sha256": hex}}} over every other file in it. It is written
-under a temporary name, sealed, synced and renamed into place last, so a process killed at any moment leaves a whole folder under
-the final name or a temporary one that may be thrown away.
+A sealed folder holds `manifest.json`: {"files": {path: {"bytes": int, "sha256": hex}}} over every other file in it. It is
+written under a temporary name, sealed, synced and renamed into place last, so a process killed at any moment leaves a whole
+folder under the final name or a temporary one that may be thrown away.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def plain(value: Any) -> Any:
         return plain(wide.tolist())
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise ValueError(f"{value!r} of type {type(value).__name__} is no JSON value; allowed: numbers, strings, lists, dicts, arrays")
+    raise ValueError(f"{value!r} of type {type(value).__name__} is no JSON value; allowed: numbers, strings, lists, dicts")
 
 
 def json_bytes(value: Any, indent: int | None = 1) -> bytes:
@@ -99,22 +99,28 @@ def seal(directory: Path) -> None:
         sync_directory(below)
 
 
+def _listed(directory: Path) -> dict[Path, tuple[int, str]]:
+    entries = json.loads((directory / MANIFEST).read_bytes())["files"]
+    return {directory / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+
+
 def damage(directory: Path) -> str | None:
     """What is wrong with a sealed folder, naming the first file that is not as it was written; None where it is intact."""
-    manifest = directory / MANIFEST
+    path = directory / MANIFEST
     try:
-        listed = {directory / name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest.read_bytes())["files"].items()}
+        listed = _listed(directory)
+        for path, (size, _) in listed.items():
+            if path.stat().st_size != size:
+                return f"{path} has {path.stat().st_size} bytes of {size}"
+        with ThreadPoolExecutor() as pool:
+            hashes = {path: pool.submit(sha256_of, path) for path in listed}
+            for path, (_, written) in listed.items():
+                if hashes[path].result() != written:
+                    return f"{path} does not hold what was written (its sha256 differs)"
     except FileNotFoundError:
-        return f"{manifest} is missing"
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{manifest} cannot be read ({type(error).__name__})"
-    for path, (size, _) in listed.items():
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes of {size}"
-    with ThreadPoolExecutor() as pool:
-        for (path, (_, wanted)), found in zip(listed.items(), pool.map(sha256_of, listed)):
-            if found != wanted:
-                return f"{path} does not have the content that was written (sha256 {found[:12]}, was {wanted[:12]})"
+        return f"{path} is no manifest ({type(error).__name__})"
     return None

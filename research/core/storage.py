@@ -1,8 +1,9 @@
 """Trees of arrays in a folder. Only this module knows orbax.
 
-A tree is stored as nested dicts of str keys by path, whatever its containers, so NamedTuples, tuples and empty nodes come back from
-the abstract tree that is asked for, and without one everything comes back as dicts. A description of it (path, dtype, shape of every
-leaf) is kept apart by the caller and compared before anything is read: orbax by itself would hand out a saved float32 as float16.
+A tree is stored as nested dicts of str keys by path, whatever its containers, so NamedTuples, tuples and empty nodes come back
+from the abstract tree that is asked for, and without one everything comes back as dicts. A description of it (path, dtype, shape
+of every leaf) is kept apart by the caller and compared before anything is read: orbax by itself would hand out a saved float32
+as float16.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,14 @@ from research.core import tree as trees
 from research.core.types import Array, State, Tree
 
 Description = Sequence[dict[str, Any]]  # [{"path": [str, …], "dtype": str, "shape": [int, …]}], "impl" too for typed keys
+
+
+def _told_otherwise(record: logging.LogRecord) -> bool:
+    """Orbax logs 200 lines of traceback for a failed save, beside the exception that is raised here in one line."""
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_told_otherwise)
 
 
 class CheckpointError(ValueError):
