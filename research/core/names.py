@@ -19,7 +19,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """"; nearest: x" where there is one, else "": the end of a one-line error."""
+    """The end of a one-line error: "; nearest: x" where there is one, else ""."""
     found = nearest(name, allowed)
     return f"; nearest: {found!r}" if found is not None else ""
 
@@ -56,5 +56,7 @@ def call_checked(fn: Callable[..., T], kwargs: Mapping[str, Any], where: str) ->
             raise ValueError(f"{where}.{name} is unknown; allowed in {where}: {listed}{suggestion(name, allowed)}")
     missing = [name for name in required if name not in kwargs]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(f'{where}.{name}' for name in missing)}; given: {', '.join(kwargs) or 'none'}")
+        raise ValueError(
+            f"{where} lacks {', '.join(f'{where}.{name}' for name in missing)}; given: {', '.join(kwargs) or 'none'}"
+        )
     return fn(**kwargs)

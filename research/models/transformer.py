@@ -1,0 +1,121 @@
+"""A decoder-only transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from research.nn import checks, stack
+from research.nn.attention import AttentionConfig
+from research.nn.block import Block, BlockConfig
+from research.nn.embed import Embed
+from research.nn.functional import Functional, functional
+from research.nn.linear import Linear
+from research.nn.norms import NORMS
+
+GLOBAL, SLIDING = "G", "L"
+
+
+class Transformer(nnx.Module):
+    """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
+
+    def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
+                 tie_embeddings: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+        width, dtype = block.attention.width, block.attention.dtype
+        self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
+        # a tied table is also the output layer, whose logits should start small
+        self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else 1.0, rngs=rngs)
+        self.blocks = stack.build(lambda i, r: Block(block, windows[i], r), layers, len(windows), scan, rngs)
+        self.norm = NORMS[block.norm](width, rngs=rngs)
+        zero = block.attention.zero_init
+        self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, zero=zero, rngs=rngs)
+
+    def _logits(self, hidden_BxTxC: jax.Array) -> jax.Array:
+        return self.embed.logits(hidden_BxTxC, self.dtype) if self.head is None else self.head(hidden_BxTxC)
+
+    def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
+        """What the output layer reads: float32 [batch, length, width]."""
+        x = self.embed(tokens_BxT)
+        x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
+        return self.norm(x)
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        return self._logits(self.hidden(tokens_BxT))
+
+    def context_length(self) -> int:
+        """The most positions that it may be given."""
+        return self.context
+
+    def cache_specs(self, batch: int) -> dict[str, Any]:
+        """Specs of the cache of `decode`; it is zeros at first."""
+        return {"blocks": stack.cache_specs(self.blocks, lambda b: b.cache_specs(batch, self.context), self.layers, self.scan)}
+
+    def decode(self, tokens_BxT: jax.Array, cache: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits of positions index .. index + T - 1 given the cache of those before; (logits, cache)."""
+        x = self.embed(tokens_BxT)
+        x, blocks = stack.run(
+            self.blocks, lambda block, x, cache: block.decode(x, cache, index), x, cache["blocks"], scan=self.scan
+        )
+        return self._logits(self.norm(x)), {"blocks": blocks}
+
+
+def transformer(
+    *,
+    vocab: int,
+    context: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    pattern: str,
+    window: int,
+    rope_base: float,
+    qk_norm: bool,
+    mlp: str,
+    mlp_width: int,
+    norm: str,
+    conv: int,
+    dropout: float,
+    tie_embeddings: bool,
+    zero_init: bool,
+    dtype: str,
+    attention: str,
+    scan_layers: bool,
+    remat: bool,
+) -> Functional:
+    """A decoder-only transformer: pre-norm blocks, int32 [batch, length <= context] -> logits [batch, length, vocab].
+
+    head_dim: of a head; 0 for width / heads.
+    pattern: a letter a layer, repeated: G global causal attention, L sliding attention over the `window` latest positions.
+    rope_base: of the rotary embedding, 0 for none. qk_norm: RMS-normalized queries and keys.
+    mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
+    zero_init: what is added to the residual stream, and the output layer, start at zero.
+    dtype: operands of products, float32 or bfloat16; parameters, sums and the residual stream are float32.
+    attention: see `nn.attention_core`. scan_layers: one scan over stacked layers. remat: recompute each block when going
+    backward.
+
+    Raises ValueError, naming the config's key, for sizes that cannot work.
+    """
+    for name, value in {"vocab": vocab, "context": context, "width": width, "layers": layers}.items():
+        checks.positive(f"model.{name}", value)
+    if not head_dim:
+        checks.divisible("model.width", width, "model.heads", heads)
+    if not pattern or set(pattern) - {GLOBAL, SLIDING}:
+        raise ValueError(f"model.pattern={pattern!r} must be letters {GLOBAL} (global) and {SLIDING} (sliding), such as 'LLLG'")
+    checks.divisible("model.layers", layers, "the length of model.pattern", len(pattern))
+    if SLIDING in pattern:
+        checks.positive("model.window", window)
+    block = BlockConfig(
+        AttentionConfig(
+            width, heads, kv_heads, head_dim or width // heads, True, rope_base, qk_norm, zero_init, dtype, attention
+        ),
+        mlp, mlp_width, norm, conv, dropout,
+    )  # fmt: skip
+    block.check()
+    windows = tuple(window if letter == SLIDING else None for letter in pattern)
+    return functional(
+        lambda rngs: Transformer(block, vocab, context, layers, windows, tie_embeddings, scan_layers, remat, rngs)
+    )

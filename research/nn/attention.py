@@ -1,0 +1,109 @@
+"""Multi-head self-attention with its key-value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.core.names import choose
+from research.core.types import Spec
+from research.nn import checks
+from research.nn.attention_core import IMPLEMENTATIONS, attend, dot_product_attention, visible
+from research.nn.linear import DTYPES, Linear
+from research.nn.norms import RMSNorm
+from research.nn.position import rotary_tables, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes of an attention layer. heads: query heads, a multiple of kv_heads. rope_base: base of the rotary embedding's
+    frequencies, 0 for none. qk_norm: RMS norm of each head's queries and keys (Dehghani et al. 2023, arXiv 2302.05442, section
+    2). implementation: see `dot_product_attention`."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    rope_base: float
+    qk_norm: bool
+    zero_init: bool
+    dtype: str
+    implementation: str
+
+    def check(self) -> None:
+        """Raises ValueError, naming the config's key, for what cannot be built."""
+        checks.divisible("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+        checks.positive("model.head_dim", self.head_dim)
+        if self.rope_base and self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_dim} is odd, and rotary embedding (model.rope_base={self.rope_base}) turns pairs; "
+                f"nearest: {self.head_dim - 1} or {self.head_dim + 1}"
+            )
+        choose(IMPLEMENTATIONS, self.implementation, "model.attention")
+        choose(DTYPES, self.dtype, "model.dtype")
+
+
+class Attention(nnx.Module):
+    """Self-attention, [batch, length, width] -> the same. `window`: None, or how many positions a query sees."""
+
+    def __init__(self, config: AttentionConfig, window: int | None, rngs: nnx.Rngs):
+        width, d, dtype = config.width, config.head_dim, config.dtype
+        self.config, self.window = config, window
+        self.query = Linear(width, config.heads * d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.key = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
+        self.value = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
+        self.out = Linear(config.heads * d, width, ("heads", "embed"), dtype=dtype, zero=config.zero_init, rngs=rngs)
+        self.query_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
+        self.key_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
+
+    def _projected(self, x_BxTxC: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        b, t, _ = x_BxTxC.shape
+        d, base = self.config.head_dim, self.config.rope_base
+        q, k, v = (layer(x_BxTxC).reshape(b, t, -1, d) for layer in (self.query, self.key, self.value))
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if base:
+            tables = rotary_tables(positions_T, d, base)
+            q, k = rotate(q, tables), rotate(k, tables)
+        return q, k, v
+
+    def _merged(self, heads_BxTxHxD: jax.Array) -> jax.Array:
+        return self.out(heads_BxTxHxD.reshape(*heads_BxTxHxD.shape[:2], -1))
+
+    def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
+        config = self.config
+        q, k, v = self._projected(x_BxTxC, jnp.arange(x_BxTxC.shape[1]))
+        return self._merged(
+            dot_product_attention(
+                q, k, v, causal=config.causal, window=self.window, dtype=config.dtype, implementation=config.implementation
+            )
+        )
+
+    def cache_specs(self, batch: int, context: int) -> dict[str, Spec]:
+        """An empty cache (zeros): slot s holds the latest position p with p % slots == s. As many slots as positions are
+        seen."""
+        slots = context if self.window is None else min(self.window, context)
+        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
+        axes = ("batch", None, "kv_heads", "head_dim")
+        return {name: Spec(shape, DTYPES[self.config.dtype], axes) for name in ("key", "value")}
+
+    def decode(self, x_BxTxC: jax.Array, cache: dict[str, jax.Array], index: jax.Array):
+        """Positions index .. index + T - 1, given those before in `cache`: (output [B, T, width], cache)."""
+        slots, t = cache["key"].shape[1], x_BxTxC.shape[1]
+        positions_T = index + jnp.arange(t)
+        q, k, v = self._projected(x_BxTxC, positions_T)
+        fresh = {"key": k.astype(cache["key"].dtype), "value": v.astype(cache["value"].dtype)}
+        latest = index - 1  # slot s holds the greatest position <= latest that is s modulo slots; below 0 it is empty
+        held_S = latest - (latest - jnp.arange(slots)) % slots
+        # beside the new ones, not after writing them: with several, the last may overwrite what the first still sees
+        seen = jnp.concatenate([held_S, positions_T])
+        both = {name: jnp.concatenate([cache[name], fresh[name]], axis=1) for name in cache}
+        window = self.window if self.window is not None else slots
+        heads = attend(q, both["key"], both["value"], visible(positions_T, seen, True, window), self.config.dtype)
+        kept = slice(max(0, t - slots), t)
+        cache = {name: cache[name].at[:, positions_T[kept] % slots].set(fresh[name][:, kept]) for name in cache}
+        return self._merged(heads), cache
