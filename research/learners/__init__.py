@@ -1,0 +1,12 @@
+"""How a State moves: `Learner`s, and what turns one into another."""
+
+from research.learners.after_step import after_step
+from research.learners.average import average
+from research.learners.forward import forward
+from research.learners.game import game
+from research.learners.gradient import gradient
+from research.learners.members import members
+from research.learners.population import population
+from research.learners.skip_nonfinite import skip_nonfinite
+
+__all__ = ["after_step", "average", "forward", "game", "gradient", "members", "population", "skip_nonfinite"]
