@@ -1,0 +1,40 @@
+"""What every test runs under: CPU, eight simulated devices, strict about ranks, repeatable.
+
+The environment variables are for the processes that tests start, too; the devices are not: those see one CPU, as a user's do.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+for name in ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEFAULT_MATMUL_PRECISION"):
+    os.environ.pop(name, None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread each for the arithmetic. It changes who computes what, not a bit of the result.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,  # the same examples in every run: a failure is there again, and CI is not a lottery
+    database=None,
+    deadline=None,  # a first example compiles, later ones do not
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def no_transfers():
+    """Implicit transfers between host and device are errors in the test: what is jitted must be fed arrays already there."""
+    with jax.transfer_guard("disallow"):
+        yield
