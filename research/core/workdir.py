@@ -1,0 +1,323 @@
+"""The folder of a run, which explains itself.
+
+    config.json      the resolved config
+    versions.json    what ran it: Python, packages, CPU and devices, commit; earlier starts that differed under "earlier"
+    metrics.jsonl    what was logged, one JSON object a line (research.core.hooks)
+    events/          the same for TensorBoard
+    checkpoints/     States (research.core.checkpoint)
+    report.html      curves, tables and samples on one page (research.core.report)
+    summary.json     final metrics under the names they are logged with, steps, wall_seconds, state_sha256; written last, so
+                     it is there exactly when the run is finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from research.core import files
+from research.core.checkpoint import Checkpoints, Saved, state_sha256
+from research.core.hooks import Series, read_series
+from research.core.types import GROUPS, Learner, State, Variables
+
+NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
+_LOCK = ".lock"
+_OURS = ("summary.json", "report.html", "events", "checkpoints", "metrics.jsonl", "versions.json", "config.json")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A ConfigDict or a mapping as the plain dict that config.json holds."""
+    return files.plain(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(was: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """["model.width: was 192, given 256", …] of two plain configs, in order of key."""
+    a, b = _flat(was), _flat(given)
+
+    def shown(side: Mapping[str, Any], key: str) -> str:
+        return repr(side[key]) if key in side else "absent"
+
+    return [
+        f"{key}: was {shown(a, key)}, given {shown(b, key)}"
+        for key in sorted({*a, *b})
+        if (key in a) != (key in b) or a.get(key) != b.get(key)
+    ]
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that this very file is part of, and whether tracked files differ from it; None without git, or
+    where the package is installed elsewhere."""
+
+    def ask(*words: str) -> str:
+        here = Path(__file__).resolve()
+        return subprocess.run(["git", "-C", here.parent, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Model and instruction sets where /proc tells them."""
+    told: dict[str, str] = {}
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text().splitlines():
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = told.get("model name", platform.processor() or platform.machine())
+    return {"model": model, "cores": cores, "flags": sorted(told.get("flags", told.get("Features", "")).split())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, Any]:
+    """What this process runs on, as versions.json holds it. Asks jax for its devices, so the backend is chosen by then."""
+    kinds = [device.device_kind for device in jax.devices()]
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "devices": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "git": _git(),
+        "command": sys.argv,
+    }
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it, or choose another workdir") from error
+
+
+def _trained(path: Path) -> bool:
+    """Whether the folder of a run holds anything that took training."""
+    metrics = path / "metrics.jsonl"
+    kept = any((path / name).exists() for name in ("checkpoints", "summary.json"))
+    return kept or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock on `path` until it is closed. The kernel lets go when a process dies, however it dies."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(lock, 20).decode() or "unknown"
+        os.close(lock)
+        raise ValueError(f"workdir {path.parent} is in use by process {owner}; allowed: one process at a time") from error
+    return lock
+
+
+class Workdir:
+    """A folder that one run, of one process at a time, may write. `create` judges it; nothing is made before `begin`.
+
+    path: absolute. status: NEW, UNFINISHED (a run that goes on) or FINISHED. changed: how the config differs from that of the
+    run that goes on, as `differences` says it.
+    As a context manager it releases the folder at the end, and removes one in which nothing was trained.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], status: str, changed: list[str], overwrite: bool):
+        self.path, self.config, self.status, self.changed = path, config, status, changed
+        self._overwrite = overwrite
+        self._lock: int | None = None
+        self._made: list[Path] = []
+
+    @classmethod
+    def create(cls, path: str | Path, config: Any, resume: bool = False, overwrite: bool = False) -> Workdir:
+        """The workdir of a run with this config (ConfigDict or mapping). Touches nothing.
+
+        A new or empty folder is NEW, and so is a run of ours that had trained nothing yet. One with a run of the same config is
+        UNFINISHED or FINISHED. One with another config's run is refused, unless `resume` (go on with it under this config) or
+        `overwrite` (`begin` deletes the files of that run, and only those). Any other folder that is not empty is refused
+        always, and so is one that another process is writing.
+        Raises ValueError, one line.
+        """
+        path, given = Path(path).absolute(), plain_config(config)
+        if resume and overwrite:
+            raise ValueError(f"workdir {path}: resume and overwrite were both asked for; allowed: one of them")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"workdir {path} is a file; allowed: a new or empty folder, or one with a run")
+        held = sorted(p.name for p in path.iterdir() if p.name != _LOCK) if path.exists() else []
+        if (path / _LOCK).exists():
+            os.close(_locked(path / _LOCK))
+        if not held:
+            return cls(path, given, NEW, [], overwrite)
+        if "config.json" not in held:
+            listed = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
+            raise ValueError(f"workdir {path} holds no run but is not empty ({listed}); allowed: a new or empty folder")
+        if overwrite or not _trained(path):
+            return cls(path, given, NEW, [], overwrite=True)
+        changed = differences(_read_json(path / "config.json"), given)
+        if changed and not resume:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ValueError(
+                f"workdir {path} holds a run of another config: {changed[0]}{more}; allowed: resume, overwrite, another workdir"
+            )
+        finished = not changed and (path / "summary.json").exists()
+        return cls(path, given, FINISHED if finished else UNFINISHED, changed, overwrite)
+
+    def begin(self) -> None:
+        """Makes the folder, locks it, and writes config.json and versions.json. To be called when everything else is ready.
+
+        Raises ValueError (one line) where another process writes here, or the folder cannot be made.
+        """
+        try:
+            self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / _LOCK)
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+            self._fill()
+        except OSError as error:
+            self.close()
+            raise ValueError(f"workdir {self.path} cannot be written: {error.strerror} ({error.filename})") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self) -> None:
+        if self.status == NEW and not self._overwrite and (self.path / "config.json").exists():
+            self._made = []
+            raise ValueError(f"workdir {self.path} has been taken by another process in the meantime; run the command again")
+        gone = _OURS if self._overwrite else ("summary.json", "report.html") if self.status == UNFINISHED else ()
+        for name in gone:
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        self._write_versions()
+        files.write_whole(self.path / "config.json", files.json_bytes(self.config))
+
+    def _write_versions(self) -> None:
+        path, now = self.path / "versions.json", versions()
+        before = _read_json(path) if path.exists() else {}
+        earlier = before.pop("earlier", [])
+        if before and (before != files.plain(now) or self.changed):
+            earlier = [*earlier, before | {"config_then": [change.replace(", given ", ", then ") for change in self.changed]}]
+        files.write_whole(path, files.json_bytes(now | {"earlier": earlier}))
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json of a finished run, else None."""
+        path = self.path / "summary.json"
+        return _read_json(path) if path.exists() else None
+
+    def finish(self, results: Mapping[str, Any], state: State, seconds: float) -> dict[str, Any]:
+        """Writes summary.json and returns what is in it. results: final metrics under their full names. seconds: wall time
+        spent, restarts included. After it the run counts as finished, so it is the last thing that is written."""
+        summary = {
+            **results,
+            "steps": int(state["step"]),
+            "wall_seconds": round(seconds, 3),
+            "state_sha256": state_sha256(state),
+        }
+        files.write_whole(self.path / "summary.json", files.json_bytes(summary))
+        return files.plain(summary)
+
+    def close(self) -> None:
+        """Releases the folder; removes it if this process made it and nothing was trained in it."""
+        self._undo()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _undo(self) -> None:
+        made, self._made = self._made, []
+        if self.path in made and not _trained(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+            for parent in made[1:]:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Run(NamedTuple):
+    """A run read back, for notebooks.
+
+    config: plain dict. variables, state: of the checkpoint `saved`; all None if there is none yet. metrics: {name: (steps [n],
+    values [n] or [n, members])}. summary: None while the run is unfinished.
+    """
+
+    config: dict[str, Any]
+    variables: Variables | None
+    state: State | None
+    metrics: Series
+    summary: dict[str, Any] | None
+    saved: Saved | None
+
+
+def load_run(
+    workdir: str | Path, learner: Callable[[int], Learner] | None = None, best: str | None = None, mode: str = "min"
+) -> Run:
+    """A run's config, arrays and metrics; also while it is being written.
+
+    learner: stage -> the Learner of that stage, whose `variables` are taken. Without it the State comes as nested dicts (tuples
+        and NamedTuples too), and the variables are "params", "state" and "frozen" at its top: the trained ones, where a learner
+        keeps an average beside them; None where there are no such.
+    best: a metric such as "val/bits_per_byte", for the checkpoint that is best in it by `mode` ("min", "max"); None: the newest.
+
+    Raises ValueError (one line) where there is no run, no checkpoint is intact, or none has the metric.
+    """
+    path = Path(workdir).absolute()
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} holds no run: there is no config.json in it")
+    checkpoints = Checkpoints(path / "checkpoints", best=best, mode=mode, read_only=True)
+    saved = checkpoints.latest() if best is None else checkpoints.best()
+    if saved is None and best is not None:
+        raise ValueError(f"{path}: no checkpoint has the metric {best!r}")
+    state = variables = None
+    if saved is not None and learner is not None:
+        owner = learner(saved.stage)
+        state = checkpoints.load(saved, jax.eval_shape(owner.init, jax.random.key(0)))
+        variables = owner.variables(state)
+    elif saved is not None:
+        state = checkpoints.load(saved)
+        variables = {group: state[group] for group in GROUPS} if {*GROUPS} <= {*state} else None
+    summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else None
+    return Run(_read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)
