@@ -88,7 +88,7 @@ def _cpu() -> dict[str, Any]:
             told.setdefault(name.strip(), value.strip())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = told.get("model name", platform.processor() or platform.machine())
-    return {"model": model, "cores": cores, "flags": sorted(told.get("flags", told.get("Features", "")).split())}
+    return {"model": model, "cores": cores, "flags": told.get("flags", told.get("Features", ""))}
 
 
 def _version(package: str) -> str | None:
@@ -129,7 +129,7 @@ def _trained(path: Path) -> bool:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock on `path` until it is closed. The kernel lets go when a process dies, however it dies."""
+    """A descriptor that holds the lock on `path` until it is closed. The kernel lets go when a process dies, in any way."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,7 +300,7 @@ def load_run(
     learner: stage -> the Learner of that stage, whose `variables` are taken. Without it the State comes as nested dicts (tuples
         and NamedTuples too), and the variables are "params", "state" and "frozen" at its top: the trained ones, where a learner
         keeps an average beside them; None where there are no such.
-    best: a metric such as "val/bits_per_byte", for the checkpoint that is best in it by `mode` ("min", "max"); None: the newest.
+    best: a metric such as "val/bits_per_byte", for the checkpoint that is best by it and `mode` ("min", "max"); None: the newest.
 
     Raises ValueError (one line) where there is no run, no checkpoint is intact, or none has the metric.
     """
