@@ -121,31 +121,9 @@ def is_section(value: Any) -> bool:
     return isinstance(value, ConfigDict | FrozenConfigDict | Mapping)
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """The config as nested dicts that JSON can hold."""
-    return {k: plain(config[k]) if is_section(config[k]) else _jsonable(config[k]) for k in config}
-
-
-def _jsonable(value: Any) -> Any:
-    return [_jsonable(v) for v in value] if isinstance(value, tuple | list) else value
-
-
 def config_sha256(config: Any) -> str:
     """The hash of the resolved config, keys sorted."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
-
-
-def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """"key=a (was b)" of the first key whose value differs between two plain configs; None where they are equal."""
-    a, b = dict(flat(ours)), dict(flat(theirs))
-    for key in sorted({*a, *b}):
-        if key not in b:
-            return f"{key}={a[key]!r} (was not there)"
-        if key not in a:
-            return f"{key} is gone (was {b[key]!r})"
-        if a[key] != b[key]:
-            return f"{key}={a[key]!r} (was {b[key]!r})"
-    return None
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def override(config: ConfigDict, key: str, value: Any) -> None:

@@ -159,7 +159,7 @@ def train(
         closing.callback(drawn.close)
         for hook in hooks:
             closing.callback(hook.close)
-            hook.start(step, steps, learner)
+            hook.start(step, steps, learner, stage)
         if step >= steps:  # ended before, but perhaps not measured
             results |= evaluate(evaluations)
 

@@ -1,0 +1,108 @@
+"""From a config to an Experiment: the only place that knows names.
+
+    config = load_config("configs/lm/stdlib.py:smoke")
+    experiment = build(config)
+    outcome = run(experiment)
+
+A config file may define its own `build(config) -> Experiment`, in the project or anywhere else; `build` then uses that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from research.core import loop
+from research.core.config import find, load_module
+from research.core.hooks import EarlyStopping
+from research.core.loop import Outcome
+from research.core.mesh import make_layout
+from research.core.names import choose
+from research.core.types import Key, Stage
+from research.core.warm_start import warm_start
+from research.core.workdir import load_run
+from research.experiment.language import language
+from research.experiment.parts import Experiment, Parts, Table, Text
+from research.experiment.sections import arguments, only
+from research.experiment.supervised import supervised
+from research.experiment.wrapping import learner_of, lifted, members_of
+
+__all__ = ["Experiment", "Parts", "Table", "Text", "build", "run"]
+
+KINDS: Mapping[str, Callable[[Any], Parts]] = {
+    "language_model": language,
+    "classification": supervised,
+    "regression": supervised,
+}
+COMMON = (
+    "seed", "task", "model", "data", "stream", "transforms", "estimate", "optimizer", "learner", "train", "evaluate",
+    "checkpoint", "early_stopping", "warm_start", "mesh", "rules",
+)  # fmt: skip
+OWN = {"language_model": ("sample",), "classification": (), "regression": ()}
+
+
+def build(config: Any, name: str | None = None) -> Experiment:
+    """The Experiment of a config; `name` is the config's path, whose own `build(config)` is used if it has one.
+
+    Raises ValueError, one line, before anything compiles: an unknown or missing key, a name that is in no table, sizes that
+    cannot work, data that is not there.
+    """
+    own = getattr(load_module(find(name)), "build", None) if name else None
+    return own(config) if own else assembled(config)
+
+
+def assembled(config: Any) -> Experiment:
+    """The Experiment of a config in the project's own form, as configs/base.py begins it."""
+    kind = config.task.name
+    make = choose(KINDS, kind, "task.name")
+    only(config, (*COMMON, *OWN[kind]), "")
+    only(config.train, ("steps", "steps_per_call", "log_every", "replay"), "train")
+    layout = make_layout(arguments(config.mesh), arguments(config.rules))
+    parts = make(config)
+    learner, n = learner_of(config, parts.task), members_of(config)
+    stage = Stage(learner, parts.train, config.train.steps, _warm(config.warm_start, parts))
+    early = arguments(config.early_stopping)
+    history = [partial(EarlyStopping, **early)] if early["patience"] else []
+    return Experiment(
+        [stage],
+        lifted(parts.evaluations, n),
+        seed=config.seed,
+        steps_per_call=config.train.steps_per_call,
+        log_every=config.train.log_every,
+        replay=config.train.replay,
+        mesh=layout,
+        checkpoints=arguments(config.checkpoint),
+        history_hooks=[lambda path, make=make: make(history=path) for make in history],
+        units=parts.units,
+        closing=() if n else parts.closing,
+        sample=None if n else parts.sample,
+    )
+
+
+def _warm(section: Any, parts: Parts) -> Callable[..., Any] | None:
+    """An `enter` that starts from the variables of `warm_start.workdir`, if one is named."""
+    only(section, ("workdir", "rename"), "warm_start")
+    if not section.workdir:
+        return None
+    rename = [tuple(pair.split("->", 1)) for pair in section.rename]
+    return warm_start(parts.task.init, lambda: load_run(section.workdir).variables, print, rename=rename)
+
+
+def run(experiment: Experiment, *, key: Key | None = None, **options: Any) -> Outcome:
+    """Trains an experiment's stages in order; options as `core.loop.run` takes them (checkpoints, hooks, …) over its own.
+
+    The outcome has the last stage's State, how it ended, and the last results of its evaluations.
+    """
+    given = {
+        "evaluations": experiment.evaluations,
+        "steps_per_call": experiment.steps_per_call,
+        "log_every": experiment.log_every,
+        "replay": experiment.replay,
+        "mesh": experiment.mesh,
+        **options,
+    }
+    given["hooks"] = [*experiment.hooks, *given.get("hooks", ())]
+    return loop.run(experiment.stages, key=jax.random.key(experiment.seed) if key is None else key, **given)

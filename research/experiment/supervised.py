@@ -1,0 +1,106 @@
+"""Inputs and targets: images, arrays, and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.core.types import Evaluation, Task
+from research.data import arrays, images, mnist1d
+from research.data.fashion_mnist import fashion_mnist
+from research.data.streams import Source, ordered_batches, subset, train_batches
+from research.evals import mean_of_loss
+from research.experiment.parts import Parts
+from research.experiment.sections import called, only
+from research.models import MODELS
+from research.tasks import classification, regression
+
+
+class Split(NamedTuple):
+    """Sources of {"inputs", "targets"} to train on and to test on, the shape of one input, and how many classes or outputs."""
+
+    train: Source
+    test: Source
+    shape: tuple[int, ...]
+    outputs: int
+
+
+def _images(train: images.Images, test: images.Images) -> Split:
+    mean, std = images.channel_statistics(train.x)
+    sources = (images.image_source(part, mean=mean, std=std) for part in (train, test))
+    return Split(*sources, train.x.shape[1:], int(max(train.y.max(), test.y.max())) + 1)
+
+
+def _fashion_mnist() -> Split:
+    parts = fashion_mnist()
+    return _images(images.images(*parts["train"]), images.images(*parts["test"]))
+
+
+def _idx(*, train_images: str, train_labels: str, test_images: str, test_labels: str) -> Split:
+    read = images.images_from_idx
+    return _images(read(train_images, train_labels), read(test_images, test_labels))
+
+
+def _npz_images(*, train: str, test: str, image_name: str, label_name: str) -> Split:
+    return _images(*(images.images_from_npz(path, image_name, label_name) for path in (train, test)))
+
+
+def _folders(*, train: str, test: str, channels: int) -> Split:
+    return _images(*(images.images_from_folders(path, channels) for path in (train, test)))
+
+
+def _mnist1d(*, shuffled: bool, seed: int) -> Split:
+    parts = mnist1d.mnist1d_sources(shuffled=shuffled, seed=seed)
+    return Split(parts["train"], parts["test"], (mnist1d.LENGTH,), 10)
+
+
+def _npz(*, train: str, test: str, inputs: str, targets: str) -> Split:
+    def source(path: str) -> tuple[Source, np.ndarray, np.ndarray]:
+        held = arrays.read_npz(path, (inputs, targets))
+        x, y = held[inputs], held[targets]
+        return arrays.array_source({"inputs": x, "targets": y}), x, y
+
+    (first, x, y), (second, _, z) = source(train), source(test)
+    outputs = int(max(y.max(), z.max())) + 1 if y.dtype.kind in "iu" else int(np.prod(y.shape[1:]))
+    return Split(first, second, x.shape[1:], outputs)
+
+
+SPLITS: Mapping[str, Callable[..., Split]] = {
+    "fashion_mnist": _fashion_mnist,
+    "idx": _idx,
+    "npz_images": _npz_images,
+    "class_folders": _folders,
+    "mnist1d": _mnist1d,
+    "npz": _npz,
+}
+TASKS: Mapping[str, Callable[..., Task]] = {"classification": classification, "regression": regression}
+
+
+def supervised(config: Any) -> Parts:
+    """The model of `config.model` on the inputs and targets of `config.data`.
+
+    config.stream: {batch, validation}: examples a step; how many of the training examples are held out, a number, 0 for none.
+    config.evaluate: {every, batch}. "val" is measured every `every` steps and at the end, "test" once, at the end.
+    """
+    only(config.stream, ("batch", "validation"), "stream")
+    only(config.evaluate, ("every", "batch"), "evaluate")
+    split = called(SPLITS, config.data, "data")
+    model = called(MODELS, config.model, "model", **shape_arguments(config.model.name, split))
+    task = called(TASKS, config.task, "task", model, batch=config.stream.batch, shape=split.shape)
+    train, held_out = split.train, None
+    if config.stream.validation:
+        kept, out = arrays.split_rows(len(train), config.stream.validation, seed=0)
+        train, held_out = subset(train, kept), subset(train, out)
+
+    def measured(source: Source, every: int) -> Evaluation:
+        return Evaluation(mean_of_loss(task), ordered_batches(source, config.evaluate.batch), every)
+
+    evaluations = {"val": measured(held_out, config.evaluate.every)} if held_out is not None else {}
+    return Parts(
+        task,
+        train_batches(train, config.stream.batch, seed=config.seed, remainder="drop"),
+        {**evaluations, "test": measured(split.test, 0)},
+        {"examples": config.stream.batch},
+    )
