@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from research.core.checkpoint import CheckpointError
 from research.core.config import ConfigError
@@ -54,3 +55,20 @@ def one_line_errors(verb: str) -> Iterator[None]:
     if code is not None:
         print(f"gnomon {verb}: {line}", file=sys.stderr)
         raise SystemExit(code)
+
+
+def table(item: Any) -> str:
+    """A `Table` (title, header, rows) as text in columns."""
+    rows = [[str(cell) for cell in row] for row in (item.header, *item.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(item.header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["", item.title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def shown(value: Any) -> str:
+    """A result as text: four significant digits after the point for a float, members in brackets."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(shown(v) for v in value) + "]"
+    return str(value)

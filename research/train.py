@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from research import cli
+from research.core import loop
+from research.core.batches import from_function
 from research.core.checkpoint import Checkpoints
 from research.core.config import load_config, parse_overrides, split_name
+from research.core.flops import step_flops
 from research.core.hooks import JsonLines
 from research.core.loop import INTERRUPTED, Outcome
+from research.core.progress import Progress, measured_matmul_peak
+from research.core.report import write_report
 from research.core.tensorboard import TensorBoard
+from research.core.types import Stage
 from research.core.workdir import FINISHED, Workdir, plain_config
+from research.dry_run import described
 from research.experiment import Experiment, Table, Text, build, run
-
-INTERRUPTED_LINE = "interrupted at step {step}: saved in {path}; the same command goes on"
-
+from research.intervals import t_interval
 
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(
@@ -43,6 +49,139 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def default_workdir(name: str) -> Path:
+def default_workdir(name: str, suffix: str = "") -> Path:
+    """runs/<config>-<arg>, where the command is run."""
     path, arg = split_name(name)
-    return Path("runs") / "-".join(filter(None, [Path(path).with_suffix("").as_posix().removeprefix("configs/").replace("/", "-"), arg]))
+    stem = Path(path).with_suffix("").as_posix().lstrip("./").removeprefix("configs/").replace("/", "-")
+    return Path("runs") / "-".join(filter(None, [stem, arg, suffix]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, rest = parser().parse_known_args(argv)
+    with cli.one_line_errors("train"):
+        overrides = parse_overrides(rest)
+        if args.seeds < 1:
+            raise ValueError(f"--seeds {args.seeds}: 1 or more are wanted")
+        if args.seeds > 1:
+            return several(args, overrides)
+        path = Path(args.workdir) if args.workdir else default_workdir(args.config, "overfit" * args.overfit_one_batch)
+        return one(args, load_config(args.config, overrides), path)
+    return cli.FAILED
+
+
+def one(args: argparse.Namespace, config: Any, path: Path) -> int:
+    """One run: looked at, or trained in `path`. The exit code."""
+    if args.print_config:
+        print(json.dumps(plain_config(config), indent=2))
+        return 0
+    if args.dry_run:
+        print(described(build(config, args.config)))
+        return 0
+    workdir = Workdir.create(path, config, args.resume, args.overwrite)
+    if workdir.status == FINISHED:
+        print(f"{path} is finished; --overwrite runs it anew")
+        print(cli.table(results_table(workdir.summary())))
+        return 0
+    experiment = build(config, args.config)
+    if args.overfit_one_batch:
+        experiment = overfitted(experiment)
+    with workdir:
+        workdir.begin()
+        outcome, seconds = trained(experiment, workdir)
+        if outcome.reason == INTERRUPTED:
+            print(f"interrupted at step {int(outcome.state['step'])}: saved in {path}; the same command goes on")
+            return 0
+        if outcome.reason != loop.FINISHED:
+            print(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
+        finish(experiment, workdir, outcome, seconds)
+    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {path}; more: gnomon sample --workdir {path}")
+    return 0
+
+
+def trained(experiment: Experiment, workdir: Workdir) -> tuple[Outcome, float]:
+    """Runs the experiment's stages in a workdir that has begun; (how it ended, wall seconds with those of earlier starts)."""
+    lines = JsonLines(workdir.metrics_path)
+    history = [make(str(workdir.metrics_path)) for make in experiment.history_hooks]
+    hooks = [lines, TensorBoard(workdir.events_path), *history, progress(experiment)]
+    checkpoints = Checkpoints(workdir.checkpoints_path, **experiment.checkpoints)
+    try:
+        outcome = run(experiment, hooks=hooks, checkpoints=checkpoints)
+    finally:
+        checkpoints.close()
+    return outcome, lines.seconds
+
+
+def progress(experiment: Experiment) -> Progress:
+    """The live view: evaluation results, rate in the experiment's own unit, MFU against a measured matmul peak."""
+    unit, count = next(iter(experiment.units.items()), ("steps", 1))
+    devices = 1 if jax.default_backend() == "cpu" or experiment.mesh is None else experiment.mesh.mesh.size
+    return Progress(
+        experiment.show,
+        experiment.derived,
+        per_step=count,
+        unit=unit,
+        flops_per_step=step_flops(experiment.stages[-1].learner),
+        peak=devices * measured_matmul_peak(),
+    )
+
+
+def finish(experiment: Experiment, workdir: Workdir, outcome: Outcome, seconds: float) -> None:
+    """Shows what the run came to, and writes report.html and, last, summary.json."""
+    variables = experiment.stages[-1].learner.variables(outcome.state)
+    key = jax.random.key(experiment.seed)
+    shown = [item for closing in experiment.closing for item in closing(variables, outcome.results, key)]
+    for item in shown:
+        print(f"\n{item.title}\n{item.body}" if isinstance(item, Text) else cli.table(item))
+    tables = [item for item in shown if isinstance(item, Table)] + [results_table(outcome.results)]
+    samples = [item for item in shown if isinstance(item, Text)]
+    write_report(workdir.path, tables=tables, samples=samples)
+    summary = workdir.finish(outcome.results, outcome.state, seconds)
+    print(cli.table(results_table(summary)))
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    return Table("Results", ("name", "value"), [(k, cli.shown(v)) for k, v in summary.items()])
+
+
+def overfitted(experiment: Experiment) -> Experiment:
+    """The same, on the first batch alone and without evaluations: a loss that does not vanish points at a bug."""
+
+    def constant(stage: Stage) -> Stage:
+        batch = next(stage.batches.open())
+        return stage._replace(batches=from_function(lambda i: batch, fingerprint=f"first of {stage.batches.fingerprint}"))
+
+    return experiment._replace(
+        stages=[constant(s) for s in experiment.stages], evaluations={}, closing=(), history_hooks=(), checkpoints={}
+    )
+
+
+def several(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """One run a seed, below one workdir; then each result's mean and 95% interval (Student's t) over the seeds."""
+    base = Path(args.workdir) if args.workdir else default_workdir(args.config, "seeds")
+    first = load_config(args.config, overrides).seed
+    summaries = []
+    for seed in range(first, first + args.seeds):
+        path = base / f"seed-{seed}"
+        print(f"seed {seed} in {path}")
+        code = one(args, load_config(args.config, {**overrides, "seed": str(seed)}), path)
+        summary = path / "summary.json"
+        if code or not summary.exists():
+            return code
+        summaries.append(json.loads(summary.read_text()))
+    print(cli.table(Table(f"{args.seeds} seeds", ("name", "mean", "95% interval"), over_seeds(summaries))))
+    return 0
+
+
+def over_seeds(summaries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(name, mean, interval) of each number that all summaries hold."""
+    rows = []
+    for name, value in summaries[0].items():
+        if isinstance(value, int | float) and name not in ("steps", "wall_seconds"):
+            values = np.array([s[name] for s in summaries], float)
+            half = t_interval(values)
+            rows.append((name, f"{values.mean():.5g}", f"+- {half:.2g}"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

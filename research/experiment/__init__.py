@@ -74,11 +74,13 @@ def assembled(config: Any) -> Experiment:
         log_every=config.train.log_every,
         replay=config.train.replay,
         mesh=layout,
-        checkpoints=arguments(config.checkpoint),
+        checkpoints={**arguments(config.checkpoint), "best": config.checkpoint.best or None},
         history_hooks=[lambda path, make=make: make(history=path) for make in history],
         units=parts.units,
         closing=() if n else parts.closing,
         sample=None if n else parts.sample,
+        show=parts.show,
+        derived=parts.derived,
     )
 
 

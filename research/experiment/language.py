@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +68,8 @@ def language(config: Any) -> Parts:
         {"tokens": batch * length},
         (partial(compared, test, [train, validation]), lambda v, results, key: [Text("A sample", sample(v, key, 1)[0])]),
         sample,
+        ("val_part/bits_per_byte", "val/bits_per_byte"),
+        {"bits/byte": lambda metrics: metrics["nll"] / (math.log(2) * train.bytes_per_token)},
     )
 
 

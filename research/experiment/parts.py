@@ -34,6 +34,7 @@ class Parts(NamedTuple):
     train: what it learns from. evaluations: {prefix: Evaluation}. units: {"tokens": how many a batch holds}, for rates.
     closing: what to show when all is done, from the final variables and the last results.
     sample: (variables, key, how many) -> texts, where there is something to sample.
+    show: evaluation results to show while training; derived: {label: training metrics -> number} for the same.
     """
 
     task: Task
@@ -42,6 +43,8 @@ class Parts(NamedTuple):
     units: Mapping[str, int]
     closing: Sequence[Closing] = ()
     sample: Callable[..., Sequence[str]] | None = None
+    show: Sequence[str] = ()
+    derived: Mapping[str, Callable[[Mapping[str, Any]], float]] = {}
 
 
 class Experiment(NamedTuple):
@@ -64,3 +67,5 @@ class Experiment(NamedTuple):
     units: Mapping[str, int] = {}
     closing: Sequence[Closing] = ()
     sample: Callable[..., Sequence[str]] | None = None
+    show: Sequence[str] = ()
+    derived: Mapping[str, Callable[[Mapping[str, Any]], float]] = {}

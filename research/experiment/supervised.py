@@ -103,4 +103,5 @@ def supervised(config: Any) -> Parts:
         train_batches(train, config.stream.batch, seed=config.seed, remainder="drop"),
         {**evaluations, "test": measured(split.test, 0)},
         {"examples": config.stream.batch},
+        show=("val/accuracy", "val/nll"),
     )
