@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -51,7 +52,7 @@ def axes_like(tree: Tree, variables: Variables, axes: Tree) -> Tree:
             for suffix in (path, (group, *path)):
                 known.setdefault(suffix, []).append((tuple(x.shape), padded))
 
-    def one(path: Path, x) -> jax.P:
+    def one(path: Path, x: Any) -> jax.P:
         for i in range(len(path)):
             if path[i:] in known:
                 readings = [names for shape, own in known[path[i:]] for names in _fitted(tuple(x.shape), shape, own)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from research.core.merge import rule_of
 from research.core.names import suggestion
-from research.core.tree import joined, leaves_with_paths, map_with_path
+from research.core.tree import Path, joined, leaves_with_paths, map_with_path
 from research.core.types import GROUPS, Aux, Estimate, Evaluator, Learner, Method, Spec, Task, Tree, Variables
 
 CLOSED_OVER_LIMIT = 4 * 2**20  # bytes of one constant in a program; what is larger belongs in "frozen", as an argument
@@ -44,7 +44,7 @@ def abstract_key() -> jax.ShapeDtypeStruct:
 def abstract_batch(specs: Tree, where: str = "batch") -> Tree:
     """ShapeDtypeStructs of a tree of Specs."""
 
-    def one(path, spec):
+    def one(path: Path, spec: Any) -> jax.ShapeDtypeStruct:
         if not isinstance(spec, Spec):
             _fail(where, joined(path), "a Spec", described(spec))
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
@@ -64,13 +64,17 @@ def check_same(expected: Tree, got: Tree, where: str) -> None:
         y = have[path]
         if not hasattr(y, "shape") or tuple(x.shape) != tuple(y.shape) or x.dtype != y.dtype:
             _fail(where, path, described(x), described(y))
-    if jax.tree.structure(expected) != jax.tree.structure(got):
-        a, b = (" ".join(str(jax.tree.structure(t)).split())[:200] for t in (expected, got))
-        _fail(where, "", f"the containers {a}", b)
+    _check_containers(expected, got, where)
 
 
 def _named(tree: Tree) -> list[tuple[str, Any]]:
     return [(joined(path) or "(root)", x) for path, x in leaves_with_paths(tree)]
+
+
+def _check_containers(expected: Tree, got: Tree, where: str) -> None:
+    want, have = (" ".join(str(jax.tree.structure(t)).split()) for t in (expected, got))
+    if want != have:
+        _fail(where, "", f"the containers {want[:200]}", have[:200])
 
 
 def _check_nested(tree: Tree, where: str, path: str) -> None:
@@ -110,9 +114,7 @@ def check_axes(axes: Tree, tree: Tree, where: str) -> None:
             _fail(where, path, "a jax.P of logical names", described(names))
         if len(names) > len(want[path].shape):
             _fail(where, path, f"at most {len(want[path].shape)} names", names)
-    if jax.tree.structure(axes) != jax.tree.structure(tree):
-        a, b = (" ".join(str(jax.tree.structure(t)).split())[:200] for t in (tree, axes))
-        _fail(where, "", f"the containers {a}", b)
+    _check_containers(tree, axes, where)
 
 
 def check_metrics(metrics: Any, where: str) -> None:
@@ -177,7 +179,7 @@ def abstract_variables(task: Task) -> Variables:
     return variables
 
 
-def check_task(task: Task, methods: bool = True) -> Variables:
+def check_task(task: Task | Any, methods: bool = True) -> Variables:
     """`init`, `loss`, `axes`, `merge`, `batch` and (unless `methods` is False) every method keep their contract.
 
     Returns the abstract variables. Raises ContractError.
@@ -242,7 +244,7 @@ def _untouched(jaxpr: Any, out: Any, given: Any) -> bool:
     return False
 
 
-def check_learner(learner: Learner) -> None:
+def check_learner(learner: Learner | Any) -> None:
     """`init`, `step`, `variables`, `axes`, `batch` and `methods` keep their contract. Raises ContractError.
 
     One trace of the step also tells whether "frozen" passes through it by identity, and whether a large array is closed over.
@@ -306,7 +308,7 @@ def check_batch(batch: Any, specs: Tree, where: str = "batch", leading: int = 0)
             _fail(where, path, described(jax.ShapeDtypeStruct(shape, spec.dtype)), described(x))
 
 
-def check_evaluator(evaluator: Evaluator, variables: Variables, batch: Tree) -> None:
+def check_evaluator(evaluator: Evaluator | Any, variables: Variables, batch: Tree) -> None:
     """`init` gives arrays or numbers, and `update` keeps their paths, shapes and dtypes, on `variables` and `batch` (arrays or
     their shapes). Raises ContractError."""
     if not isinstance(evaluator, Evaluator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -12,12 +13,12 @@ from research.core.types import Array, Tree
 RULES = ("mean", "max", "sum")
 
 
-def _wide(dtype) -> jnp.dtype:
+def _wide(dtype: Any) -> Any:
     """At least float32, so that many copies of a bfloat16 can be averaged."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def rule_of(path: Path, dtype, rules: Mapping[str, str]) -> str:
+def rule_of(path: Path, dtype: Any, rules: Mapping[str, str]) -> str:
     """The rule of one leaf: the named one, else "mean" for floats and "max" for integers and booleans.
 
     Raises ValueError (one line) for an unknown rule, the mean of integers, or a dtype that cannot be merged.
@@ -49,11 +50,11 @@ def merged(copies: Tree, weights: Array, old: Tree, rules: Mapping[str, str]) ->
     def one(path: Path, copies: Array, old: Array) -> Array:
         rule = rule_of(path, old.dtype, rules)
         column = (-1,) + (1,) * old.ndim
-        seen = jnp.where(counts.reshape(column), copies, old)  # NaN of an empty copy goes before it meets arithmetic
+        seen = jnp.where(counts.reshape(column), copies, old[None])  # NaN of an empty copy goes before it meets arithmetic
         if rule == "max":
             return seen.max(0)
         if rule == "sum":
-            return seen.any(0) if old.dtype == jnp.bool_ else old + (seen - old).sum(0, dtype=old.dtype)
+            return seen.any(0) if old.dtype == jnp.bool_ else old + (seen - old[None]).sum(0, dtype=old.dtype)
         share = weights / jnp.where(total > 0, total, 1)
         mean = (share.reshape(column) * seen.astype(_wide(old.dtype))).sum(0)
         return jnp.where(total > 0, mean, old).astype(old.dtype)

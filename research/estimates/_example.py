@@ -24,7 +24,7 @@ def linear_regression(batch: int = 8, features: int = 3) -> Task:
 
     def predict(variables: Variables, inputs: Batch, key: Key) -> jax.Array:
         linear = variables["params"]["linear"]
-        return (inputs["inputs"] * variables["frozen"]["scale"]) @ linear["kernel"] + linear["bias"]
+        return (inputs["inputs"] * variables["frozen"]["scale"][None]) @ linear["kernel"] + linear["bias"]
 
     def loss(variables: Variables, batch: Batch, key: Key):
         x, mask, state = batch["inputs"], batch["mask"], variables["state"]

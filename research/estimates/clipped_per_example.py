@@ -23,8 +23,8 @@ def _rows(specs: Tree) -> int:
 
 def _noise(key: Key, like: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])
+    drawn = [jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, drawn)
 
 
 def clipped_per_example(clip: float, noise: float = 0.0, chunk: int | None = None) -> Estimate:

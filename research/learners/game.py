@@ -29,6 +29,7 @@ from research.core.types import (
 from research.estimates import exact
 from research.learners._update import axes_of, begun, loss_metric, norm, player, strong, variables_of
 
+Players = Mapping[str, tuple[Task, optax.GradientTransformation, Estimate]]
 UPDATES = {"simultaneous": False, "alternating": True}
 
 
@@ -58,28 +59,25 @@ def _own(task: Task, name: str, abstract: Variables) -> Task:
     return Task(lambda key: _seen(name, task.init(key)), loss, {}, task.batch, _seen(name, axes_of(task, abstract)), merge)
 
 
-def _agreed(players: Mapping[str, tuple[Task, optax.GradientTransformation, Estimate]]) -> Variables:
+def _agreed(players: Players) -> Variables:
     """The abstract variables that all tasks share. Raises ValueError where they do not fit each other or their players."""
     if not players:
         raise ValueError("game: no players given")
-    first, abstract = None, None
+    abstract = {name: check_task(task, methods=False) for name, (task, _, _) in players.items()}
+    first = next(iter(players))
     for name, (task, _, _) in players.items():
-        variables = check_task(task, methods=False)
-        if abstract is None:
-            first, abstract = name, variables
-        check_same(abstract, variables, f"game: init of {name!r}, beside {first!r}'s")
-        batches = (abstract_batch(t.batch) for t in (players[first][0], task))
-        check_same(*batches, f"game: batch of {name!r}, beside {first!r}'s")
-    if set(abstract["params"]) != set(players):
-        raise ValueError(
-            f"game: params have the subtrees {sorted(abstract['params'])}; allowed: one a player, {sorted(players)}"
-        )
-    if not set(abstract["state"]) <= set(players):
-        raise ValueError(f"game: state has the subtrees {sorted(abstract['state'])}; allowed: one a player, {sorted(players)}")
-    return abstract
+        beside = f"of {name!r}, beside that of {first!r}"
+        check_same(abstract[first], abstract[name], f"game: init {beside}")
+        check_same(abstract_batch(players[first][0].batch), abstract_batch(task.batch), f"game: batch {beside}")
+    params, state = (sorted(abstract[first][group]) for group in ("params", "state"))
+    if params != sorted(players):
+        raise ValueError(f"game: params have the subtrees {params}; allowed: one a player, {sorted(players)}")
+    if not set(state) <= set(players):
+        raise ValueError(f"game: state has the subtrees {state}; allowed: one a player, {sorted(players)}")
+    return abstract[first]
 
 
-def _methods(players: Mapping[str, tuple[Task, optax.GradientTransformation, Estimate]]) -> dict[str, Method]:
+def _methods(players: Players) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for player_name, (task, _, _) in players.items():
         for name, method in task.methods.items():
@@ -119,7 +117,8 @@ def game(players: Mapping[str, tuple[Task, optax.GradientTransformation, Estimat
 
     def step(state: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
         new = {**state, **{group: dict(state[group]) for group in ("params", "state", "opt", "memory")}}
-        metrics, total = {}, jnp.zeros(())
+        metrics: dict[str, tuple[Array, Array]] = {}
+        total = jnp.zeros(())
         for i, (name, mover) in enumerate(movers.items()):
             variables = _seen(name, variables_of(new if in_turn else state))
             moved = mover.move(variables, state["opt"][name], state["memory"][name], batch, jax.random.fold_in(key, i))
