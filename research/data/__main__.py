@@ -1,0 +1,33 @@
+"""Data sets that are fetched once: `gnomon data fashion-mnist`, or `python -m research.data fashion-mnist`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from research.data import fashion_mnist
+
+FETCHED = {fashion_mnist.NAME: fashion_mnist.fetch}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="gnomon data",
+        description="Fetch a data set and check its files. Everything else is made on this machine or read from your own files.",
+        epilog="example: gnomon data fashion-mnist --to data/fashion-mnist",
+    )
+    parser.add_argument("name", choices=sorted(FETCHED), help="which data set")
+    parser.add_argument("--to", metavar="DIR", help="folder for its files (default: in $GNOMON_DATA, else the user's cache, else ./data)")
+    arguments = parser.parse_args(argv)
+    try:
+        FETCHED[arguments.name](arguments.to, say=lambda line: print(line, flush=True))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Streams of batches through grain, whose position is one number.
+
+A `Source` gives records by row, many at once; `train_batches` and `ordered_batches` make `research.core.types.Batches` of it. What
+the i-th batch holds is a function of i alone, so a position is `{"next_index": i}`, it can be computed for any step, and every
+process of a run has the same one, however many there are.
+
+Grain does the iterating, the position and the threads. The order is made here, an epoch's permutation at a time, for three
+reasons: grain's shuffle costs about 10 us a record, which is more than a whole step of a small task; its shuffle of seed s in
+epoch e is that of seed s + 1 in epoch e - 1, so runs that differ in their seed would see one order; and an order that a position
+counts in must not change with grain's version. Grain's state names nothing but a number, so `Batches.fingerprint` says what the
+number counts: content, order, batch size and epoch rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from research.core.types import Batches, BatchIterator
+from research.data.determinism import digest, generator, permutation
+
+ORDER_VERSION = 1  # raised when the same arguments begin to give other batches
+REMAINDERS = ("drop", "pad")
+
+Record = dict[str, np.ndarray]
+Transform = Callable[[Record, np.random.Generator], Record]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Records by row.
+
+    fingerprint: names the content; equal only for equal content.
+    gather: (rows int64 [n], epoch) -> {name: array [n, ...]}, the same for the same arguments, from any thread. "mask" (float32,
+        [n] or [n, ...], 1 where it counts) may be among them. Only sources that are cut anew every epoch look at `epoch`.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def gather(self, rows: np.ndarray, epoch: int) -> Record: ...
+
+
+class _Records:
+    """A Source of any random-access sequence of dict records; read through once for its fingerprint if it has none."""
+
+    def __init__(self, records: Any):
+        self._records = records
+        self.fingerprint = getattr(records, "fingerprint", None) or self._read_through()
+
+    def _read_through(self) -> str:
+        hashes = []
+        for i in range(len(self._records)):
+            record = self._records[i]
+            if not isinstance(record, Mapping):
+                raise ValueError(f"record {i} is a {type(record).__name__}, a dict of arrays is wanted")
+            hashes.append(digest(*(part for name in sorted(record) for part in (name, np.asarray(record[name])))))
+        return f"records {len(hashes)} {digest(*hashes)}"
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def gather(self, rows: np.ndarray, epoch: int) -> Record:
+        return _stacked([self._records[int(row)] for row in rows], rows)
+
+
+class _Subset:
+    def __init__(self, source: Source, rows: np.ndarray):
+        self._source, self._rows = source, rows
+        self.fingerprint = f"subset {digest(rows)} of {source.fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gather(self, rows: np.ndarray, epoch: int) -> Record:
+        return self._source.gather(self._rows[rows], epoch)
+
+
+def as_source(records: Any) -> Source:
+    """A Source as it is; a sequence of dict records (a list, a grain data source, a finite grain MapDataset) as a Source.
+
+    Raises ValueError where there are no records, where they have no end, or where they are not dicts.
+    """
+    if not len(records):
+        raise ValueError(f"the source {type(records).__name__} holds no records")
+    if len(records) == sys.maxsize:
+        raise ValueError(f"the source {type(records).__name__} repeats without end; give one epoch of it, streams repeat it")
+    return records if isinstance(records, Source) else _Records(records)
+
+
+def subset(records: Any, rows: Sequence[int] | np.ndarray) -> Source:
+    """The Source of the given rows (int [n]), in that order. Raises ValueError for a row that is not there, or none."""
+    source, chosen = as_source(records), np.asarray(rows, np.int64)
+    if not chosen.size or chosen.min() < 0 or chosen.max() >= len(source):
+        given = f"{chosen.min()} to {chosen.max()}" if chosen.size else "none"
+        raise ValueError(f"rows: given {given}, allowed 0 to {len(source) - 1}")
+    return _Subset(source, chosen)
+
+
+def _stacked(records: Sequence[Mapping[str, Any]], rows: np.ndarray) -> Record:
+    first = records[0]
+    for row, record in zip(rows, records, strict=True):
+        for name in sorted(set(first) ^ set(record)):
+            raise ValueError(f"record {row} and record {rows[0]} do not both hold {name!r}")
+        for name in first:
+            if np.shape(record[name]) != np.shape(first[name]):
+                shapes = f"{np.shape(record[name])}, that of record {rows[0]} {np.shape(first[name])}"
+                raise ValueError(f"record {row}: {name!r} has shape {shapes}; they must be equal to make a batch")
+    return {name: np.stack([np.asarray(record[name]) for record in records]) for name in first}
+
+
+class _BatchList:
+    """The i-th batch by number: what grain iterates over."""
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        order: Callable[[int], np.ndarray],
+        per_epoch: int,
+        length: int,
+        shard: tuple[int, int],
+        transform: Callable[[Record, int, int], Record] | None = None,
+    ):
+        self._source, self._batch_size, self._order = source, batch_size, order
+        self._per_epoch, self._length, self._transform = per_epoch, length, transform
+        share = batch_size // shard[1]
+        self._share = slice(shard[0] * share, (shard[0] + 1) * share)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        epoch, number = divmod(index, self._per_epoch)
+        rows = self._order(epoch)[number * self._batch_size : (number + 1) * self._batch_size]
+        valid = np.arange(self._batch_size) < len(rows)
+        # Padding repeats a real record: zeros could give a NaN (log 0, 0 / 0) that a mask of 0 does not undo.
+        rows = np.concatenate([rows, np.full(self._batch_size - len(rows), rows[0])])[self._share]
+        batch = self._records(rows, epoch)
+        mask = np.asarray(batch["mask"], np.float32) if "mask" in batch else np.ones(len(rows), np.float32)
+        valid = valid[self._share].astype(np.float32).reshape(-1, *[1] * (mask.ndim - 1))
+        return {**batch, "mask": mask * valid}
+
+    def _records(self, rows: np.ndarray, epoch: int) -> Record:
+        batch = self._source.gather(rows, epoch)
+        if self._transform is None:
+            return batch
+        records = [{name: x[i] for name, x in batch.items()} for i in range(len(rows))]
+        return _stacked([self._transform(r, epoch, int(row)) for r, row in zip(records, rows, strict=True)], rows)
+
+
+def batches_per_epoch(records: Any, batch_size: int, *, remainder: str) -> int:
+    """How many batches `train_batches` gives before it shuffles again."""
+    if remainder not in REMAINDERS:
+        raise ValueError(f"remainder: given {remainder!r}, allowed {' or '.join(map(repr, REMAINDERS))}")
+    return len(records) // batch_size if remainder == "drop" else -(-len(records) // batch_size)
+
+
+def train_batches(
+    records: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    remainder: str,
+    transform: Transform | None = None,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 0,
+) -> Batches:
+    """Batches without end, every record once an epoch, in another order every epoch.
+
+    Args:
+      records: a Source, or a sequence of dict records of NumPy arrays (see `as_source`).
+      batch_size: of the whole run; no batch holds records of two epochs.
+      seed: any int; orders of different seeds have nothing in common.
+      remainder: "drop" leaves out the last len(records) % batch_size records of every epoch's order (others each time);
+        "pad" gives them in a batch filled up with mask 0.
+      transform: (record, generator) -> record, on the host. Its generator depends on seed, epoch and row, not on the batch. The
+        fingerprint knows it by its `fingerprint` attribute, or by module and name.
+      shard: (index, count): this process's contiguous share of every batch. Positions and fingerprint are those of the whole.
+      threads: grain's reading threads; 0 for what is in memory. The position counts batches handed out, not read ahead.
+
+    Returns:
+      Batches of {name: array [batch_size / count, ...]} with "mask" float32 always among them. A position is
+      {"next_index": batches so far}.
+
+    Raises:
+      ValueError: no records, batch_size not in 1..len(records) or not divisible by the count of shards, an unknown remainder.
+    """
+    source = as_source(records)
+    _check(batch_size, shard)
+    if batch_size > len(source):
+        raise ValueError(f"batch_size: given {batch_size}, allowed at most {len(source)}, the size of the data set")
+    per_epoch = batches_per_epoch(source, batch_size, remainder=remainder)
+
+    @functools.lru_cache(maxsize=2)  # reading threads may be on both sides of an epoch's end
+    def order(epoch: int) -> np.ndarray:
+        return permutation(len(source), seed, epoch)
+
+    applied = None if transform is None else lambda record, epoch, row: transform(record, generator(seed, epoch, row))
+    items = _BatchList(source, batch_size, order, per_epoch, sys.maxsize, shard, applied)
+    name = f"train v{ORDER_VERSION} batch_size={batch_size} seed={seed} remainder={remainder} transform={_name(transform)}"
+    return Batches(_opener(items, threads), f"{name} source=({source.fingerprint})", _position(None))
+
+
+def ordered_batches(records: Any, batch_size: int, *, shard: tuple[int, int] = (0, 1), threads: int = 0) -> Batches:
+    """Every record once, in order; the last batch is filled up with mask 0, so that all have one shape.
+
+    Arguments, batches, positions and errors as in `train_batches`, but batch_size may exceed the number of records.
+    """
+    source = as_source(records)
+    _check(batch_size, shard)
+    count = -(-len(source) // batch_size)
+    rows = np.arange(len(source))
+    items = _BatchList(source, batch_size, lambda epoch: rows, count, count, shard)
+    name = f"ordered v{ORDER_VERSION} batch_size={batch_size} source=({source.fingerprint})"
+    return Batches(_opener(items, threads), name, _position(count))
+
+
+def _check(batch_size: int, shard: tuple[int, int]) -> None:
+    index, count = shard
+    if batch_size < 1:
+        raise ValueError(f"batch_size: given {batch_size}, allowed 1 and more")
+    if not 0 <= index < count:
+        raise ValueError(f"shard: given index {index} of {count}, allowed 0 to {count - 1}")
+    if batch_size % count:
+        raise ValueError(f"batch_size: given {batch_size}, which {count} processes cannot share equally")
+
+
+def _name(transform: Transform | None) -> str:
+    if transform is None:
+        return "none"
+    given = getattr(transform, "fingerprint", None)
+    if given is not None:
+        return str(given)
+    if isinstance(transform, functools.partial):
+        return f"{_name(transform.func)}(*{transform.args!r}, **{transform.keywords!r})"
+    named = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _opener(items: _BatchList, threads: int) -> Callable[[], BatchIterator]:
+    def open_() -> BatchIterator:
+        import grain  # a second to import, which `--help` and error messages should not wait for
+
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(grain.MapDataset.source(items).to_iter_dataset(options))
+
+    return open_
+
+
+def _position(count: int | None) -> Callable[[int], dict[str, int]]:
+    def position(step: int) -> dict[str, int]:
+        if step < 0 or (count is not None and step > count):
+            raise ValueError(f"position: given step {step}, allowed 0 to {'any' if count is None else count}")
+        return {"next_index": int(step)}
+
+    return position

@@ -1,0 +1,84 @@
+"""Text to numbers and back: bytes, or any Hugging Face `tokenizers` JSON file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from research.data.determinism import digest
+from research.data.errors import existing_file
+
+NEWLINE = ord("\n")
+
+
+class Tokenizer(NamedTuple):
+    """Text, as bytes, to token ids and back.
+
+    encode: documents (bytes each) -> one array a document, unsigned and as narrow as vocab_size allows. Raises UnicodeDecodeError
+        where a document must be UTF-8 and is not.
+    decode: ids [n] -> bytes.
+    vocab_size: ids are below it.
+    start: the id that stands before the first token of a corpus: a newline's last token, so that a text begins as a line does
+        and the vocabulary needs no id of its own for it. 0 where a newline has no token.
+    fingerprint: equal only for tokenizers that encode alike.
+    """
+
+    encode: Callable[[Sequence[bytes]], list[np.ndarray]]
+    decode: Callable[[Sequence[int] | np.ndarray], bytes]
+    vocab_size: int
+    start: int
+    fingerprint: str
+
+
+def narrowest(vocab_size: int) -> np.dtype:
+    """uint8, uint16 or uint32, whichever first holds all ids below vocab_size."""
+    return np.min_scalar_type(max(vocab_size - 1, 0))
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """The 256 bytes; accepts anything."""
+    return Tokenizer(
+        encode=lambda documents: [np.frombuffer(document, np.uint8) for document in documents],
+        decode=lambda ids: np.asarray(ids).astype(np.uint8).tobytes(),
+        vocab_size=256,
+        start=NEWLINE,
+        fingerprint="bytes",
+    )
+
+
+def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`. Special tokens are not added; truncation and padding that the file may ask for are
+    switched off, since they would silently drop text. Decoding skips nothing.
+
+    Raises ValueError (one line): no such file, not a tokenizer file, or the `tokenizers` package is not installed.
+    """
+    file = existing_file(path)
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"tokenizer {os.fspath(path)!r} needs the package tokenizers: pip install 'gnomon[text]'") from None
+    with open(file, "rb") as handle:
+        content = handle.read()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{os.fspath(path)!r} is not a Hugging Face tokenizers JSON file: {reason}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = [*tokenizer.get_vocab(with_added_tokens=True).values()]
+    vocab_size = max(ids, default=-1) + 1  # get_vocab_size() counts ids, which may leave gaps
+    dtype = narrowest(vocab_size)
+
+    def encode(documents: Sequence[bytes]) -> list[np.ndarray]:
+        texts = [document.decode("utf-8") for document in documents]
+        return [np.asarray(e.ids, dtype) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(tokens: Sequence[int] | np.ndarray) -> bytes:
+        return tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False).encode()
+
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    return Tokenizer(encode, decode, vocab_size, newline[-1] if newline else 0, f"tokenizers {digest(content)}")
