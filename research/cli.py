@@ -72,3 +72,12 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(shown(v) for v in value) + "]"
     return str(value)
+
+
+def trained_run(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds what names a trained run: its config, and its folder where that is not the default one."""
+    p.add_argument("--config", required=True, metavar="PATH[:ARG]", help="the config it was trained by")
+    p.add_argument("--workdir", help="the run's folder (default: runs/<config>-<arg>)")
+    p.add_argument("--best", metavar="METRIC", help="the checkpoint that is best by a metric, such as val/bits_per_byte")
+    p.add_argument("--mode", choices=("min", "max"), default="min", help="which value of --best is best (default: min)")
+    return p
