@@ -1,6 +1,6 @@
 """Gnomon: research ideas as transforms of pure functions, and one loop that trains whatever they compose to.
 
-    from research import build, fit, load_config, load_run, run
+from research import build, fit, load_config, load_run, run
 """
 
 from __future__ import annotations

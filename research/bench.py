@@ -52,7 +52,9 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = cli.parser("bench", "Time ours beside its peer, both in one run. Appends to benchmarks/results.jsonl.", "transformer_step")
+    p = cli.parser(
+        "bench", "Time ours beside its peer, both in one run. Appends to benchmarks/results.jsonl.", "transformer_step"
+    )
     p.add_argument("name", help=f"one of: {', '.join(names())}")
     p.add_argument("--dry-run", action="store_true", help="print the table without keeping it")
     return p

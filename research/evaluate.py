@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, evaluation in evaluations.items():
                 values = evaluator_run(evaluation, experiment.mesh)(variables, jax.random.key(experiment.seed))
                 results |= {f"{name}/{k}": v for k, v in values.items()}
-        print(cli.table(Table(f"{path}, step {run.saved.step}", ("name", "value"), [(k, cli.shown(v)) for k, v in results.items()])))
+        print(
+            cli.table(
+                Table(f"{path}, step {run.saved.step}", ("name", "value"), [(k, cli.shown(v)) for k, v in results.items()])
+            )
+        )
         line = {"step": run.saved.step, "stage": run.saved.stage, "overrides": overrides, **plain_config(results)}
         with open(path / "evaluations.jsonl", "a") as out:
             out.write(json.dumps(line) + "\n")

@@ -59,7 +59,9 @@ def claims(paper: str) -> list[Claim]:
     for entry in tomllib.loads(path.read_text())["claim"]:
         wrong = set(entry) ^ set(KEYS)
         if wrong or set(entry["accept"]) - set(ACCEPT) or len(entry["accept"]) != 1:
-            raise ValueError(f"{path.name}, claim {entry.get('name')!r}: keys are {', '.join(KEYS)}; accept has one of {', '.join(ACCEPT)}")
+            raise ValueError(
+                f"{path.name}, claim {entry.get('name')!r}: keys are {', '.join(KEYS)}; accept has one of {', '.join(ACCEPT)}"
+            )
         found.append(Claim(**entry))
     return found
 
@@ -120,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = [n for n in names if n == args.only]
             if not names:
                 known = sorted({claim.arg for claim in todo})
-                raise ValueError(f"--only {args.only}: no such argument; allowed: {', '.join(known)}{suggestion(args.only, known)}")
+                raise ValueError(
+                    f"--only {args.only}: no such argument; allowed: {', '.join(known)}{suggestion(args.only, known)}"
+                )
         for arg in names:
             reproduce(args.paper, arg, [c for c in todo if c.arg == arg], Path(args.workdir), overrides)
         print(cli.table(table(args.paper)))
@@ -137,7 +141,9 @@ def reproduce(paper: str, arg: str, todo: Sequence[Claim], runs: Path, overrides
     code = train.one(train.parser().parse_args(["--config", name]), config, path)
     if code or not (path / "summary.json").exists():
         raise SystemExit(code)
-    append(paper, todo, json.loads((path / "summary.json").read_text()), json.loads((path / "versions.json").read_text()), config)
+    append(
+        paper, todo, json.loads((path / "summary.json").read_text()), json.loads((path / "versions.json").read_text()), config
+    )
 
 
 def append(paper: str, todo: Sequence[Claim], summary: Mapping[str, Any], versions: Mapping[str, Any], config: Any) -> None:

@@ -32,6 +32,7 @@ from research.dry_run import described
 from research.experiment import Experiment, Table, Text, build, run
 from research.intervals import t_interval
 
+
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "train",
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workdir", help="the run's folder (default: runs/<config>-<arg>)")
     p.add_argument("--resume", action="store_true", help="go on with the workdir's run though the config has changed")
     p.add_argument("--overwrite", action="store_true", help="replace the workdir's run")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs, seeds from config.seed on, with mean and interval")
+    p.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="N runs, seeds from config.seed on, with mean and interval"
+    )
     p.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     p.add_argument("--dry-run", action="store_true", help="print parameters, bytes and FLOPs a step, and stop")
     p.add_argument("--overfit-one-batch", action="store_true", help="train on the first batch alone: the loss should vanish")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +28,18 @@ def opened(args: argparse.Namespace, overrides: Mapping[str, str]) -> Trained:
     Raises ValueError (one line) where there is no such run, or no checkpoint in it.
     """
     path = Path(args.workdir) if args.workdir else default_workdir(args.config)
-    trained_by: dict[str, Any] = dict(flat(load_run(path, load=False).config))
+    trained_by: dict[str, Any] = dict(flat(saved_config(path)))
     config = load_config(args.config, {**trained_by, **overrides})
     experiment = build(config, args.config)
     run = load_run(path, lambda stage: experiment.stages[stage].learner, best=args.best, mode=args.mode)
     if run.variables is None:
         raise ValueError(f"{path} has no checkpoint yet; allowed: a run that has saved one")
     return Trained(experiment, run, run.variables, path)
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The config that a run's folder holds. Raises ValueError, one line, where there is no run."""
+    file = path / "config.json"
+    if not file.exists():
+        raise ValueError(f"{path} holds no run; train one there, or name another with --workdir")
+    return json.loads(file.read_text())

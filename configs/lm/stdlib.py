@@ -7,8 +7,9 @@
 Expected: see docs/results.md. Split by sha256 of the path (data/stdlib.py). Muon: Jordan 2024, https://kellerjordan.github.io/posts/muon.
 """
 
-from configs.base import base
 from ml_collections import ConfigDict
+
+from configs.base import base
 
 ARGS = ("smoke", "30min")
 

@@ -183,9 +183,13 @@ def _check_leaves(config: ConfigDict, prefix: str = "") -> None:
         if is_section(value):
             _check_leaves(value, f"{name}.")
         elif value is None and config.get_type(key) is type(None):
-            raise ConfigError(f"config key {name} is None and of no type; write ml_collections.config_dict.placeholder(int), say")
+            raise ConfigError(
+                f"config key {name} is None and of no type; write ml_collections.config_dict.placeholder(int), say"
+            )
         elif value is not None and not isinstance(value, _LEAVES):
-            raise ConfigError(f"config key {name} holds a {type(value).__name__}; allowed: numbers, text, tuples and lists of them")
+            raise ConfigError(
+                f"config key {name} holds a {type(value).__name__}; allowed: numbers, text, tuples and lists of them"
+            )
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:

@@ -257,8 +257,6 @@ def ended_early(saved: Saved) -> bool:
 def resumed(saved: Saved, checkpoints: Checkpoints, learner: Learner, batches: Batches, mesh: Layout | None):
     """(state, batch position) from a checkpoint. ValueError where the batches are not those it was saved with."""
     if saved.position["fingerprint"] != batches.fingerprint:
-        raise ValueError(
-            f"{saved.path}: its batches were {saved.position['fingerprint']}, now they are {batches.fingerprint}"
-        )
+        raise ValueError(f"{saved.path}: its batches were {saved.position['fingerprint']}, now they are {batches.fingerprint}")
     with entered(mesh):
         return checkpoints.load(saved, compiled(learner, mesh).abstract), saved.position["batches"]

@@ -80,16 +80,16 @@ def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = R
     if len(open_axes) > 1 or any(n != -1 and n < 1 for n in sizes.values()):
         raise ValueError(f"mesh {sizes}: sizes are 1 or more, and at most one is -1")
     if known > len(devices) or (open_axes and len(devices) % known):
-        raise ValueError(f"mesh {sizes}: needs {'a divisor of' if open_axes else 'at most'} {len(devices)} devices, got {known}")
+        raise ValueError(
+            f"mesh {sizes}: needs {'a divisor of' if open_axes else 'at most'} {len(devices)} devices, got {known}"
+        )
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
     total = math.prod(sizes.values())
     if total == 1:
         return None
     # Auto axes: under Explicit ones, the default of jax.make_mesh, embedding look-ups raise.
-    mesh = jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
-    )
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total])
     return Layout(mesh, {k: tuple(v) for k, v in rules.items()})
 
 

@@ -38,6 +38,16 @@ def _where(eqn: Any) -> str:
     return ", ".join(s for s in (eqn.primitive.name, names, line) if s)
 
 
+def _apply(eqn: Any, inputs: list[Any]) -> list[Any]:
+    """One equation, run as a program of its own; None in place of an output that nothing reads."""
+    given = [(v, x) for v, x in zip(eqn.invars, inputs) if not isinstance(v, jex.Literal)]
+    known = dict(given)
+    out = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
+    program = jex.Jaxpr((), list(known), out, [eqn], eqn.effects)
+    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*known.values()))
+    return [None if type(v).__name__ == "DropVar" else next(results) for v in eqn.outvars]
+
+
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -61,9 +71,7 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
                 body, c = (closed.jaxpr, closed.consts) if closed is not None else (inner, ())
                 outputs, found = _walk(body, c, inputs, trail)
             else:
-                subfuns, bind = eqn.primitive.get_bind_params(params)
-                outputs = eqn.primitive.bind(*subfuns, *inputs, **bind)
-                outputs = outputs if eqn.primitive.multiple_results else [outputs]
+                outputs = _apply(eqn, inputs)
         if found is None and not any(_bad(x) for x in inputs):
             kind = next((k for k in map(_bad, outputs) if k), None)
             found = f"{kind} from {trail}{_where(eqn)}" if kind else None
@@ -87,7 +95,7 @@ def _walk_scan(eqn: Any, inputs: list[Any], trail: str) -> tuple[list[Any], str 
         ys.append(out[n_carry:])
     ys = ys[::-1] if p["reverse"] else ys
     if not ys:
-        return list(eqn.primitive.bind(*inputs, **p)), None
+        return _apply(eqn, inputs), None
     return [*carry, *[jnp.stack(y) for y in zip(*ys)]], None
 
 
@@ -140,7 +148,5 @@ class Replay:
         state = self._state
         for batch in batches[:offset]:
             state, _ = step(state, batch, self._key)
-        cause = first_nonfinite(
-            self._learner.step, state, batches[offset], jax.random.fold_in(self._key, state["step"])
-        )
+        cause = first_nonfinite(self._learner.step, state, batches[offset], jax.random.fold_in(self._key, state["step"]))
         return f"; on replay: {cause}" if cause else "; on a replay every value was finite"

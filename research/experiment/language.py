@@ -91,9 +91,7 @@ def sampled(task: Task, corpus: Corpus, options: Any, variables: Variables, key:
     return [options.prompt + corpus.decode(row).decode("utf-8", "replace") for row in np.asarray(jax.device_get(tokens))]
 
 
-def compared(
-    test: Corpus, others: Sequence[Corpus], variables: Variables, results: Mapping[str, Any], key: Key
-) -> list[Table]:
+def compared(test: Corpus, others: Sequence[Corpus], variables: Variables, results: Mapping[str, Any], key: Key) -> list[Table]:
     """Bits per byte of the test split, ours beside general compressors', on the same bytes."""
     content = test.decode(test.tokens)
     found = compressed_bits_per_byte(content, b"".join(c.decode(c.tokens) for c in others))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 
 from research import estimates, learners, optim, transforms
-from research.core.mesh import Layout
 from research.core.types import Estimate, Evaluation, Learner, Task
-from research.experiment.parts import Parts
-from research.experiment.sections import arguments, only, wrapped
+from research.experiment.sections import arguments, wrapped
 from research.transforms import augmentations
 
 

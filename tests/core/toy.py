@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.batches import from_function
-from research.core.types import Aux, Learner, Method, Spec
+from research.core.types import Learner, Method, Spec
 
 SPECS = {"inputs": Spec((4, 3), jnp.float32, ("batch", None)), "targets": Spec((4,), jnp.float32, ("batch",))}
 
