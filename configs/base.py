@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 
 def base() -> ConfigDict:
-    """The sections that all kinds of task share. `task`, `model`, `data`, `stream`, `optimizer`, `train.steps` are the config's."""
+    """The sections that all kinds of task share; `task`, `model`, `data`, `stream` and `optimizer` are the config's own."""
     return ConfigDict(
         {
             "seed": 0,

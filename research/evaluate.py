@@ -22,7 +22,7 @@ from research.trained import opened
 def parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "evaluate",
-        "Measure a trained run again, by its own evaluations, under overrides if any. Appends to evaluations.jsonl in its folder.",
+        "Measure a trained run again, by its own evaluations, under overrides if any. Appends to its evaluations.jsonl.",
         "--config configs/lm/stdlib.py:smoke --only test --config.evaluate.context=128",
     )
     cli.trained_run(p)

@@ -2,8 +2,8 @@
 
     load_config("configs/lm/stdlib.py:smoke", {"optimizer.learning_rate": "3e-4"})
 
-Everything that can be told without building anything is told here, in one line: a missing file, an argument that the config does
-not know, an unknown key, a wrong type.
+Everything that can be told without building anything is told here, in one line: a missing file, an argument that the config
+does not know, an unknown key, a wrong type.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def _converted(value: Any, old: Any, kind: type, key: str) -> Any:
         raise refuse(_WANTED.get(kind, kind.__name__)) from None
     if kind is bool and isinstance(literal, bool):
         return literal
-    if kind in (int, float) and isinstance(literal, int | float) and not isinstance(literal, bool):
-        if kind is float or literal == int(literal):
-            return kind(literal)
+    number = isinstance(literal, int | float) and not isinstance(literal, bool)
+    if number and (kind is float or (kind is int and literal == int(literal))):
+        return kind(literal)
     if kind in (tuple, list) and isinstance(literal, tuple | list):
         if kind is tuple and len(literal) != len(old):
             raise refuse(f"a tuple of {len(old)}")

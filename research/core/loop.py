@@ -124,7 +124,7 @@ def train(
     replay: bool = True,
     stage: int = 0,
 ) -> Outcome:
-    """`fit`, telling how it ended. `position` is a batch iterator's saved position, `stage` the number that checkpoints carry."""
+    """`fit`, telling how it ended. `position`: a batch iterator's saved one. `stage`: the number that checkpoints carry."""
     evaluations = dict(evaluations or {})
     periods = {"log_every": log_every, "checkpoint every": checkpoints.every if checkpoints else 0}
     periods |= {f"evaluate every ({name})": e.every for name, e in evaluations.items()}
@@ -210,8 +210,8 @@ def fit(learner: Learner, batches: Batches, steps: int, *, key: Key, **options: 
     checkpoints, mesh (a `core.mesh.Layout`), replay (keep a copy of the State, to explain a NaN by).
 
     Ctrl-C and SIGTERM end it after the step at hand: it saves, and returns the State, from which another `fit` goes on.
-    Raises ValueError on a learner, batch or period that cannot work, NonFiniteError where the loss is not finite, and whatever a
-    background save failed with.
+    Raises ValueError on a learner, batch or period that cannot work, NonFiniteError where the loss is not finite, and whatever
+    a background save failed with.
     """
     return train(learner, batches, steps, key=key, **options).state
 

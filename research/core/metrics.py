@@ -31,7 +31,7 @@ def stack_on_host(calls: Sequence[Metrics]) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def averaged(stacked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """{name: mean over steps}: a float, or an array of one a member where a population was trained. NaN where nothing counted."""
+    """{name: mean over steps}: a float, or an array, one a member of a population. NaN where nothing counted."""
     out = {}
     for name, (total, weight) in stacked.items():
         total, weight = np.broadcast_arrays(np.asarray(total, np.float64), np.asarray(weight, np.float64))

@@ -1,4 +1,4 @@
-"""Starting from the variables of another run: leaves matched by path, renamed where asked, the rest as they were initialized."""
+"""Starting from the variables of another run: leaves matched by path, renamed where asked, the rest as initialized."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def matched(
 ) -> Matched:
     """`initial`, with every leaf of `loaded` that has its path and shape.
 
-    rename: (regular expression, replacement) pairs, applied in order to the loaded paths, such as ("params/encoder/", "params/").
+    rename: (regular expression, replacement) pairs, applied in order to loaded paths, such as ("params/encoder/", "params/").
     groups: which of params, state and frozen are taken. Dtypes become the initial ones.
     Raises ValueError where a rename matches nothing, where two leaves get one path, or where nothing is taken at all.
     """
@@ -69,7 +69,7 @@ def matched(
 def warm_start(
     init: Callable[[Any], Variables], load: Callable[[], Variables], tell: Callable[[str], None], **options: Any
 ) -> Callable[[Mapping[str, Any] | None, Any], Variables]:
-    """A Stage's `enter` that begins from `load()`, matched with `init(key)`; options as `matched`; `tell` is given the report."""
+    """A Stage's `enter` that begins from `load()`, matched with `init(key)`, options as `matched`; `tell` gets the report."""
 
     def enter(before: Mapping[str, Any] | None, key: Any) -> Variables:
         found = matched(init(key), load(), **options)

@@ -39,7 +39,7 @@ def wrapped(inner: T, table: Mapping[str, Callable[..., T]], section: Any, where
             raise ValueError(f"{where}.{key} has keys, but {where}.wrap={list(names)!r} does not list {key!r}")
     for name in names:
         wrap = choose(table, name, f"{where}.wrap")
-        given = section[name] if name in section else {}
+        given = section.get(name, {})
         inner = call_checked(partial(wrap, inner), arguments(given), f"{where}.{name}")
     return inner
 

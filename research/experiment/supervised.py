@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from research.core.names import choose, keywords
 from research.core.types import Evaluation, Task
 from research.data import arrays, images, mnist1d
 from research.data.fashion_mnist import fashion_mnist
@@ -87,7 +88,7 @@ def supervised(config: Any) -> Parts:
     only(config.stream, ("batch", "validation"), "stream")
     only(config.evaluate, ("every", "batch"), "evaluate")
     split = called(SPLITS, config.data, "data")
-    model = called(MODELS, config.model, "model", **shape_arguments(config.model.name, split))
+    model = called(MODELS, config.model, "model", **_sizes(config.model, split))
     task = called(TASKS, config.task, "task", model, batch=config.stream.batch, shape=split.shape)
     train, held_out = split.train, None
     if config.stream.validation:
@@ -105,3 +106,9 @@ def supervised(config: Any) -> Parts:
         {"examples": config.stream.batch},
         show=("val/accuracy", "val/nll"),
     )
+
+
+def _sizes(section: Any, split: Split) -> dict[str, Any]:
+    """The sizes that the data set: those of "shape" and "outputs" that the model takes."""
+    taken = keywords(choose(MODELS, section.name, "model.name"))[0]
+    return {name: size for name, size in {"shape": split.shape, "outputs": split.outputs}.items() if name in taken}
