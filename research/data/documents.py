@@ -217,5 +217,7 @@ def by_position(documents: Sequence[Document], validation: float = 0.05, test: f
 
 def _at_character(content: bytes, cut: int) -> int:
     """The first place from `cut` on that is not inside a UTF-8 character (4 bytes at most); `cut` itself where there is none."""
+    if not cut:  # a document's beginning is no place inside a character
+        return cut
     ends = [place for place in range(cut, min(cut + 4, len(content))) if content[place] & 0xC0 != 0x80]
     return ends[0] if ends else len(content) if cut + 4 > len(content) else cut
