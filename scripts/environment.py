@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GIGABYTE = 1e9
 # Settings that say how to reach packages. All other pip settings (target, user, constraint, no-binary, …) would change what is
 # installed, and are left out.
-REACHING = (
-    "index-url extra-index-url find-links no-index trusted-host cert client-cert proxy timeout default-timeout retries cache-dir"
-    " no-cache-dir keyring-provider"
-).split()
+REACHING = {
+    *("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy"),
+    *("timeout", "default-timeout", "retries", "cache-dir", "no-cache-dir", "keyring-provider"),
+}
 FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -351,10 +351,10 @@ def remove(folder: Path) -> None:
         raise SetupError(f"{error.filename or folder} cannot be removed: {error.strerror}") from error
 
 
-def create(made: Environment) -> None:
+def create(made: Environment, held: IO[str]) -> None:
     """An empty environment. `python -m venv` rather than the module, so that its failures can be told in a line."""
     command = [sys.executable, "-I", "-m", "venv", str(made.folder)]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, pass_fds=[held.fileno()])
     if result.returncode:
         output = result.stdout + result.stderr
         if any(words in output for words in FULL):
@@ -403,7 +403,7 @@ def set_up(made: Environment, say: Progress) -> None:
             if only_the_project:
                 made.stamp.unlink()
             else:
-                create(made)
+                create(made, held)
                 install_packages(made, work, say, held)
             install_project(made, work, say, held)
             draft = made.stamp.with_suffix(".draft")

@@ -15,9 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread each for the arithmetic. It changes who computes what, not a bit of the result.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
-import hypothesis
-import jax
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
