@@ -38,12 +38,12 @@ def _where(eqn: Any) -> str:
     return ", ".join(s for s in (eqn.primitive.name, names, line) if s)
 
 
-def _apply(eqn: Any, inputs: list[Any]) -> list[Any]:
+def _apply(eqn: Any, inputs: list[Any], debug: Any) -> list[Any]:
     """One equation, run as a program of its own; None in place of an output that nothing reads."""
     given = [(v, x) for v, x in zip(eqn.invars, inputs) if not isinstance(v, jex.Literal)]
     known = dict(given)
     out = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
-    program = jex.Jaxpr((), list(known), out, [eqn], eqn.effects)
+    program = jex.Jaxpr((), list(known), out, [eqn], eqn.effects, debug)
     results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*known.values()))
     return [None if type(v).__name__ == "DropVar" else next(results) for v in eqn.outvars]
 
@@ -53,6 +53,7 @@ _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], str | None]:
     """Evaluates; returns outputs and the first equation whose output is not finite though its inputs are."""
+    debug = jaxpr.debug_info._replace(arg_names=None, result_paths=None)  # of the function at large: names and lines
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
 
     def read(v):
@@ -63,7 +64,7 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
         name, params = eqn.primitive.name, eqn.params
         found = None
         if name == "scan":
-            outputs, found = _walk_scan(eqn, inputs, trail)
+            outputs, found = _walk_scan(eqn, inputs, trail, debug)
         else:
             inner = next((params[k] for k in _INNER if k in params), None)
             if inner is not None and name not in ("while", "cond", "custom_vjp_call", "custom_jvp_call"):
@@ -71,7 +72,7 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
                 body, c = (closed.jaxpr, closed.consts) if closed is not None else (inner, ())
                 outputs, found = _walk(body, c, inputs, trail)
             else:
-                outputs = _apply(eqn, inputs)
+                outputs = _apply(eqn, inputs, debug)
         if found is None and not any(_bad(x) for x in inputs):
             kind = next((k for k in map(_bad, outputs) if k), None)
             found = f"{kind} from {trail}{_where(eqn)}" if kind else None
@@ -81,7 +82,7 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
     return [read(v) for v in jaxpr.outvars], None
 
 
-def _walk_scan(eqn: Any, inputs: list[Any], trail: str) -> tuple[list[Any], str | None]:
+def _walk_scan(eqn: Any, inputs: list[Any], trail: str, debug: Any) -> tuple[list[Any], str | None]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
     consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
@@ -95,7 +96,7 @@ def _walk_scan(eqn: Any, inputs: list[Any], trail: str) -> tuple[list[Any], str 
         ys.append(out[n_carry:])
     ys = ys[::-1] if p["reverse"] else ys
     if not ys:
-        return _apply(eqn, inputs), None
+        return _apply(eqn, inputs, debug), None
     return [*carry, *[jnp.stack(y) for y in zip(*ys)]], None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from research import estimates, learners, optim, transforms
 from research.core.types import Estimate, Evaluation, Learner, Task
 from research.experiment.sections import arguments, wrapped
@@ -36,10 +34,17 @@ def learner_of(config: Any, task: Task) -> Learner:
     """
     task = wrapped(task, TRANSFORMS, config.transforms, "transforms")
     estimate = wrapped(estimates.exact(), ESTIMATES, config.estimate, "estimate")
-    params = jax.eval_shape(task.init, jax.random.key(0))["params"]
-    tx = optim.optimizer(arguments(config.optimizer), steps=config.train.steps, params=params)
+    tx = optim.make(_optimizer(config.optimizer), steps=config.train.steps)
     base = learners.gradient(task, tx, estimate, watch=arguments(config.learner.watch))
     return wrapped(base, LEARNERS, _without(config.learner, "watch"), "learner")
+
+
+def _optimizer(section: Any) -> dict[str, Any]:
+    """The section as `optim.make` takes it: optimizer.groups.<name>={match, ...} become a list in the order of their names."""
+    given = arguments(section)
+    if "groups" in given:
+        given["groups"] = [{"name": name, **group} for name, group in sorted(given["groups"].items())]
+    return given
 
 
 def _without(section: Any, *keys: str) -> dict[str, Any]:
