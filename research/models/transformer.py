@@ -29,8 +29,8 @@ class Transformer(nnx.Module):
         self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else 1.0, rngs=rngs)
         self.blocks = stack.build(lambda i, r: Block(block, windows[i], r), layers, len(windows), scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
-        zero = block.attention.zero_init
-        self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, zero=zero, rngs=rngs)
+        out_init = block.attention.out_init
+        self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, init=out_init, rngs=rngs)
 
     def _logits(self, hidden_BxTxC: jax.Array) -> jax.Array:
         return self.embed.logits(hidden_BxTxC, self.dtype) if self.head is None else self.head(hidden_BxTxC)
@@ -110,7 +110,8 @@ def transformer(
         checks.positive("model.window", window)
     block = BlockConfig(
         AttentionConfig(
-            width, heads, kv_heads, head_dim or width // heads, True, rope_base, qk_norm, zero_init, dtype, attention
+            width, heads, kv_heads, head_dim or width // heads, True, rope_base, qk_norm,
+            "zeros" if zero_init else "normal", dtype, attention,
         ),
         mlp, mlp_width, norm, conv, dropout,
     )  # fmt: skip

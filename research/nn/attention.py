@@ -30,7 +30,7 @@ class AttentionConfig:
     causal: bool
     rope_base: float
     qk_norm: bool
-    zero_init: bool
+    out_init: str
     dtype: str
     implementation: str
 
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         self.query = Linear(width, config.heads * d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.key = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
         self.value = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
-        self.out = Linear(config.heads * d, width, ("heads", "embed"), dtype=dtype, zero=config.zero_init, rngs=rngs)
+        self.out = Linear(config.heads * d, width, ("heads", "embed"), dtype=dtype, init=config.out_init, rngs=rngs)
         self.query_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
 
@@ -86,9 +86,9 @@ class Attention(nnx.Module):
     def cache_specs(self, batch: int, context: int) -> dict[str, Spec]:
         """An empty cache (zeros): slot s holds the latest position p with p % slots == s. As many slots as positions are
         seen."""
-        slots = context if self.window is None else min(self.window, context)
-        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
-        axes = ("batch", None, "kv_heads", "head_dim")
+        rolling = self.window is not None and self.window < context
+        shape = (batch, self.window if rolling else context, self.config.kv_heads, self.config.head_dim)
+        axes = ("batch", "window" if rolling else "context", "kv_heads", "head_dim")
         return {name: Spec(shape, DTYPES[self.config.dtype], axes) for name in ("key", "value")}
 
     def decode(self, x_BxTxC: jax.Array, cache: dict[str, jax.Array], index: jax.Array):

@@ -44,13 +44,13 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(.)): [batch, length, width] -> the same."""
 
     def __init__(self, config: BlockConfig, window: int | None, rngs: nnx.Rngs):
-        width, zero, dtype = config.attention.width, config.attention.zero_init, config.attention.dtype
+        width, out_init, dtype = config.attention.width, config.attention.out_init, config.attention.dtype
         norm = NORMS[config.norm]
         self.attention_norm = norm(width, rngs=rngs)
         self.conv = ShortConv(width, config.conv, rngs=rngs) if config.conv else None
         self.attention = Attention(config.attention, window, rngs)
         self.mlp_norm = norm(width, rngs=rngs)
-        self.mlp = feed_forward(config.mlp, width, config.mlp_width, dtype=dtype, zero=zero, rngs=rngs)
+        self.mlp = feed_forward(config.mlp, width, config.mlp_width, dtype=dtype, out_init=out_init, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
 
     def _dropped(self, x: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
-"""A short depthwise causal convolution along the sequence."""
+"""Convolutions: short causal ones along a sequence, and those of images and series."""
 
 from __future__ import annotations
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from flax import nnx
 
 from research.core.types import Spec
 from research.nn.functional import param
+from research.nn.linear import BIASES, DTYPES, KERNELS, contract
 
 
 class ShortConv(nnx.Module):
@@ -33,3 +36,53 @@ class ShortConv(nnx.Module):
         length = x_BxTxC.shape[1]
         padded = jnp.concatenate([cache, x_BxTxC], axis=1)
         return self._convolved(padded, length), padded[:, length:]
+
+
+class Conv(nnx.Module):
+    """A convolution over one or two axes: [batch, *space, inputs] -> [batch, *space', outputs].
+
+    window, stride and padding are the same along every axis; padding is positions added at both ends. `init`: see `nn.linear`.
+    implementation: "lax" is XLA's convolution; "patches" is one product of gathered patches, which stays a matrix product when
+    vmapped over kernels (XLA would make that a grouped convolution, slow on CPU). Both compute the same function.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, space: int, window: int, stride: int, padding: int, bias: bool, init: str,
+                 dtype: str, implementation: str, rngs: nnx.Rngs):  # fmt: skip
+        names = (None,) * space + ("channels_in", "channels")
+        fan_in = window**space * inputs
+        self.kernel = param(KERNELS[init](rngs.params(), (window,) * space + (inputs, outputs), fan_in), *names)
+        self.bias = param(BIASES[init](rngs.params(), (outputs,), fan_in), "channels") if bias else None
+        self.stride, self.padding, self.dtype, self.implementation = stride, padding, dtype, implementation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = CONVOLUTIONS[self.implementation](x, self.kernel[...], self.stride, self.padding, self.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def _lax(x: jax.Array, kernel: jax.Array, stride: int, padding: int, dtype: str) -> jax.Array:
+    space = x.ndim - 2
+    letters = "HW"[:space]
+    low = DTYPES[dtype]
+    return jax.lax.conv_general_dilated(
+        x.astype(low),
+        kernel.astype(low),
+        (stride,) * space,
+        [(padding, padding)] * space,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    ).astype(jnp.float32)
+
+
+def _patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int, dtype: str) -> jax.Array:
+    space, window = x.ndim - 2, kernel.shape[0]
+    padded = jnp.pad(x, [(0, 0), *[(padding, padding)] * space, (0, 0)])
+    counts = [(size - window) // stride + 1 for size in padded.shape[1:-1]]
+    gathered = []
+    for offset in itertools.product(range(window), repeat=space):
+        place = tuple(slice(o, o + (n - 1) * stride + 1, stride) for o, n in zip(offset, counts, strict=True))
+        gathered.append(padded[(slice(None), *place)])
+    rows = jnp.concatenate(gathered, axis=-1).reshape(-1, window**space * x.shape[-1])
+    y = contract("ni,io->no", rows, kernel.reshape(-1, kernel.shape[-1]), dtype)
+    return y.reshape(x.shape[0], *counts, -1)
+
+
+CONVOLUTIONS = {"lax": _lax, "patches": _patches}

@@ -49,20 +49,37 @@ def contract(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
     return _contract_low(spec, a, b, dtype)
 
 
-def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Normal of variance 1 / fan_in, float32: keeps the variance of activations."""
+def normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return jax.random.normal(key, shape) * fan_in**-0.5
 
 
+def he_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    return jax.random.normal(key, shape) * (2 / fan_in) ** 0.5
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * fan_in**-0.5
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    return jnp.zeros(shape)
+
+
+# How a kernel starts, float32, by its number of inputs an output. normal: variance 1 / fan_in. he_normal: 2 / fan_in (He et al.
+# 2015, arXiv 1502.01852, eq. 10). uniform: within 1 / sqrt(fan_in), which is PyTorch's default.
+KERNELS = {"normal": normal, "he_normal": he_normal, "uniform": uniform, "zeros": zeros}
+# How a bias starts: as PyTorch's does where the kernel does, else at zero.
+BIASES = {"normal": zeros, "he_normal": zeros, "uniform": uniform, "zeros": zeros}
+
+
 class Linear(nnx.Module):
-    """y = x W (+ b): [..., inputs] -> [..., outputs]. `axes` are the logical names of W's two dimensions. `zero` starts W at
-    zero, as is done for what is added to a residual stream."""
+    """y = x W (+ b): [..., inputs] -> [..., outputs]. `axes`: the logical names of W's dimensions. `init`: a name in KERNELS;
+    zeros for what is added to a residual stream."""
 
     def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, dtype: str, bias: bool = False,
-                 zero: bool = False, rngs: nnx.Rngs):  # fmt: skip
-        shape = (inputs, outputs)
-        self.kernel = param(jnp.zeros(shape) if zero else fan_in_normal(rngs.params(), shape, inputs), *axes)
-        self.bias = param(jnp.zeros(outputs), axes[1]) if bias else None
+                 init: str = "normal", rngs: nnx.Rngs):  # fmt: skip
+        self.kernel = param(KERNELS[init](rngs.params(), (inputs, outputs), inputs), *axes)
+        self.bias = param(BIASES[init](rngs.params(), (outputs,), inputs), axes[1]) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -20,9 +20,9 @@ ACTIVATIONS = {"relu": jax.nn.relu, "squared_relu": squared_relu, "gelu": jax.nn
 class FeedForward(nnx.Module):
     """down(activation(up(x))): [..., width] -> [..., width]."""
 
-    def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, zero: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, out_init: str, rngs: nnx.Rngs):
         self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, zero=zero, rngs=rngs)
+        self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, init=out_init, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,10 +32,10 @@ class FeedForward(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: str, zero: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, *, dtype: str, out_init: str, rngs: nnx.Rngs):
         self.gate = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, zero=zero, rngs=rngs)
+        self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, init=out_init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -44,8 +44,8 @@ class SwiGLU(nnx.Module):
 MLPS = ("gelu", "relu", "silu", "squared_relu", "swiglu")
 
 
-def feed_forward(kind: str, width: int, hidden: int, *, dtype: str, zero: bool, rngs: nnx.Rngs) -> nnx.Module:
+def feed_forward(kind: str, width: int, hidden: int, *, dtype: str, out_init: str, rngs: nnx.Rngs) -> nnx.Module:
     """The layer that `kind`, one of MLPS, names."""
     if kind == "swiglu":
-        return SwiGLU(width, hidden, dtype=dtype, zero=zero, rngs=rngs)
-    return FeedForward(width, hidden, kind, dtype=dtype, zero=zero, rngs=rngs)
+        return SwiGLU(width, hidden, dtype=dtype, out_init=out_init, rngs=rngs)
+    return FeedForward(width, hidden, kind, dtype=dtype, out_init=out_init, rngs=rngs)

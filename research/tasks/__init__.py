@@ -1,6 +1,8 @@
-"""Model and loss as a Task."""
+"""Model and loss as a Task; and `generate`, which samples from a language model."""
 
 from research.tasks.classification import classification
+from research.tasks.generate import generate
 from research.tasks.language_model import language_model
+from research.tasks.regression import regression
 
-__all__ = ["classification", "language_model"]
+__all__ = ["classification", "generate", "language_model", "regression"]

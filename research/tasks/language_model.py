@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from research.core import metrics
-from research.core.types import Aux, Example, Method, Spec, Task
+from research.core.types import Example, Method, Spec, Task
+from research.models.transformer import transformer
 from research.nn import checks
 from research.nn.functional import Functional
 from research.nn.losses import cross_entropy
+from research.tasks._supervised import masked_loss, predicting
 
 
 def language_model(model: Functional, *, batch: int, length: int, label_smoothing: float, z_loss: float) -> Task:
@@ -22,9 +22,8 @@ def language_model(model: Functional, *, batch: int, length: int, label_smoothin
     Methods:
         predict {"inputs": int32 [batch, length]} -> logits float32 [batch, length, vocab].
         embed   the same -> what the output layer reads, float32 [batch, length, width].
-        decode  {"tokens": int32 [batch, 1], "cache": ..., "index": int32 scalar} -> {"logits": [batch, 1, vocab], "cache":
-        ...}. The
-                cache is zeros of its Specs at first; index is the position of the first token. More tokens at once may be given.
+        decode  {"tokens": int32 [batch, 1], "cache", "index": int32 scalar} -> {"logits": float32 [batch, 1, vocab], "cache"}.
+                The cache is zeros of its Specs at first, index the position of the first token. It takes more tokens as well.
     `tasks.generate` samples with decode.
 
     Raises ValueError where length exceeds the model's context.
@@ -36,20 +35,9 @@ def language_model(model: Functional, *, batch: int, length: int, label_smoothin
     if length > context:
         raise ValueError(f"task.length={length} exceeds model.context={context}")
 
-    def loss(variables, batch, key):
-        logits, state = model.apply(variables, batch["inputs"], key=key, train=True)
-        trained, nll = cross_entropy(logits, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss)
-        mask = batch["mask"]
-        pair = metrics.masked(trained, mask)
-        hits = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-        measured = {"nll": metrics.masked(nll, mask), "accuracy": metrics.masked(hits, mask)}
-        return metrics.mean(pair), Aux(state, jax.lax.stop_gradient(measured), pair[1])
-
-    def predict(variables, inputs, key):
-        return model.apply(variables, inputs["inputs"], key=key)[0]
-
-    def embed(variables, inputs, key):
-        return model.apply(variables, inputs["inputs"], key=key, method="hidden")[0]
+    def per_token(logits, batch):
+        loss, nll = cross_entropy(logits, batch["targets"], label_smoothing=label_smoothing, z_loss=z_loss)
+        return loss, {"nll": nll, "accuracy": jnp.argmax(logits, axis=-1) == batch["targets"]}
 
     def decode(variables, inputs, key):
         given = inputs["tokens"], inputs["cache"], inputs["index"]
@@ -57,24 +45,22 @@ def language_model(model: Functional, *, batch: int, length: int, label_smoothin
         return {"logits": logits, "cache": cache}
 
     tokens = Spec((batch, length), jnp.int32, ("batch", "length"))
+    cache_specs = model.ask("cache_specs", batch)
     one = {
         "tokens": Spec((batch, 1), jnp.int32, ("batch", None)),
-        "cache": model.ask("cache_specs", batch),
+        "cache": cache_specs,
         "index": Spec((), jnp.int32),
     }
     methods = {
-        "predict": Method(predict, {"inputs": tokens}),
-        "embed": Method(embed, {"inputs": tokens}),
+        "predict": Method(predicting(model), {"inputs": tokens}),
+        "embed": Method(predicting(model, "hidden"), {"inputs": tokens}),
         "decode": Method(decode, one),
     }
-    # every token counts, so what a weight sums over is the whole of [batch, length]; rows are what may be split
     specs = {"inputs": tokens, "targets": tokens, "mask": Spec((batch, length), jnp.float32, ("batch", "length"))}
-    return Task(model.init, loss, methods, specs, model.axes)
+    return Task(model.init, masked_loss(model, per_token), methods, specs, model.axes)
 
 
 def example() -> Example:
-    from research.models.transformer import transformer
-
     model = transformer(
         vocab=11, context=8, width=8, layers=2, heads=2, kv_heads=1, head_dim=0, pattern="LG", window=3, rope_base=1e4,
         qk_norm=True, mlp="swiglu", mlp_width=12, norm="rms", conv=0, dropout=0.0, tie_embeddings=False, zero_init=False,
