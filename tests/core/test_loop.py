@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.core import toy
 
 from research.core.batches import from_function
 from research.core.checkpoint import Checkpoints
@@ -19,6 +18,7 @@ from research.core.loop import FINISHED, INTERRUPTED, fit, run, train
 from research.core.mesh import make_layout
 from research.core.nonfinite import NonFiniteError
 from research.core.types import Evaluation, Evaluator, Stage
+from tests.core import toy
 
 
 class Recorder(Hook):
@@ -174,7 +174,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_its_cause():
         given = toy.batch(i)
         return {**given, "inputs": given["inputs"] * (np.inf if i == 6 else 1)}
 
-    with pytest.raises(NonFiniteError, match=r"not finite at step 6; on replay: infinity in the input 1/inputs|not finite at step 6"):
+    with pytest.raises(
+        NonFiniteError, match=r"at step 6; on replay: (NaN|infinity) in the input inputs"
+    ):
         fit(toy.learner(), from_function(batch), 30, key=toy.KEY, log_every=10)
     with pytest.raises(NonFiniteError, match=r"at step 6$"):
         fit(toy.learner(), from_function(batch), 30, key=toy.KEY, log_every=10, replay=False)
