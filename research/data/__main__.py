@@ -15,11 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="gnomon data",
-        description="Fetch a data set and check its files. Everything else is made on this machine or read from your own files.",
+        description="Fetch a data set and check its files. Other data are made here, or read from your own files.",
         epilog="example: gnomon data fashion-mnist --to data/fashion-mnist",
     )
     parser.add_argument("name", choices=sorted(FETCHED), help="which data set")
-    parser.add_argument("--to", metavar="DIR", help="folder for its files (default: in $GNOMON_DATA, else the user's cache, else ./data)")
+    parser.add_argument(
+        "--to", metavar="DIR", help="folder for its files (default: in $GNOMON_DATA, else the user's cache, else ./data)"
+    )
     arguments = parser.parse_args(argv)
     try:
         FETCHED[arguments.name](arguments.to, say=lambda line: print(line, flush=True))

@@ -29,8 +29,8 @@ class _Arrays:
 
 
 def array_source(arrays: Mapping[str, np.ndarray]) -> Source:
-    """Records {name: array[i]}, such as {"inputs", "targets"}. 64-bit floats become float32 and 64-bit integers int32, as JAX would
-    have them; other dtypes stay.
+    """Records {name: array[i]}, such as {"inputs", "targets"}. 64-bit floats become float32 and 64-bit integers int32, as JAX
+    would have them; other dtypes stay.
 
     Raises ValueError: no arrays, first axes of unequal length, an integer that int32 does not hold, or no numbers at all.
     """
@@ -57,7 +57,7 @@ def _narrow(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file. Raises ValueError: no such file, not an npz, no such array (nearest), pickled objects."""
+    """The named arrays of an npz file. Raises ValueError: no such file, no npz, no such array (nearest), pickled objects."""
     file = existing_file(path)
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{os.fspath(path)!r} is not an npz file")

@@ -1,7 +1,7 @@
 """Hashes and permutations that are the same on every machine, Python and NumPy.
 
-NumPy promises the raw output of its bit generators for ever, but not that of `Generator.permutation` (NEP 19), so orders are made
-here from raw output alone.
+NumPy promises the raw output of its bit generators for ever, but not that of `Generator.permutation` (NEP 19), so orders are
+made here from raw output alone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ def digest(*parts: Any) -> str:
     hashed = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
-            header, body = f"array {part.dtype.str} {part.shape}", np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-        elif isinstance(part, bytes):
-            header, body = f"bytes {len(part)}", part
+            hashed.update(f"array {part.dtype.str} {part.shape}\n".encode())
+            hashed.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         else:
-            text = repr(part)
-            header, body = f"{type(part).__name__} {len(text)}", text.encode()
-        hashed.update(header.encode() + b"\n")
-        hashed.update(body)
+            content = part if isinstance(part, bytes) else repr(part).encode()
+            hashed.update(f"{type(part).__name__} {len(content)}\n".encode())
+            hashed.update(content)
     return hashed.hexdigest()[:32]
 
 

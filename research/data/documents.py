@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from research.data.errors import nearest, no_such_file
@@ -41,7 +41,9 @@ def found_files(paths: Paths) -> list[tuple[str, str]]:
     for number, pattern in enumerate(patterns):
         expanded = os.path.expanduser(pattern)
         if os.path.isdir(expanded):
-            raise ValueError(f"paths: {pattern!r} is a folder, a pattern such as {os.path.join(pattern, '**', '*.txt')!r} is wanted")
+            raise ValueError(
+                f"paths: {pattern!r} is a folder, a pattern such as {os.path.join(pattern, '**', '*.txt')!r} is wanted"
+            )
         # A name that exists is meant literally, brackets and all.
         literal = os.path.isfile(expanded)
         root = os.path.dirname(expanded) if literal else _root(expanded)
@@ -172,7 +174,7 @@ def read_documents(paths: Paths, field: str | None = None) -> list[Document]:
     return reader(paths, field)
 
 
-def _reader(file: str):
+def _reader(file: str) -> Callable[..., list[Document]]:
     lower = file.lower()
     return read_jsonl if lower.endswith(JSONL) else read_parquet if lower.endswith(PARQUET) else read_text
 
@@ -192,13 +194,15 @@ def by_hash(documents: Sequence[Document], modulus: int = 20) -> Parts:
 
 
 def by_position(documents: Sequence[Document], validation: float = 0.05, test: float = 0.05) -> Parts:
-    """{"train", "validation", "test"}: the first, next and last bytes of the documents one after another, the latter two parts by
-    the given fractions. For a corpus of one or few files. A cut moves on to the next UTF-8 character.
+    """{"train", "validation", "test"}: the first, next and last bytes of the documents one after another, the latter two parts
+    by the given fractions. For a corpus of one or few files. A cut moves on to the next UTF-8 character.
 
     Raises ValueError for fractions below 0 or that leave nothing to train on.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(f"split: given validation {validation} and test {test}, each at least 0 and below 1 together are allowed")
+        raise ValueError(
+            f"split: given validation {validation} and test {test}, each at least 0 and below 1 together are allowed"
+        )
     total = sum(len(document.content) for document in documents)
     cuts = [total - int(total * (validation + test)), total - int(total * test)]
     parts: Parts = {"train": [], "validation": [], "test": []}
@@ -216,7 +220,7 @@ def by_position(documents: Sequence[Document], validation: float = 0.05, test: f
 
 
 def _at_character(content: bytes, cut: int) -> int:
-    """The first place from `cut` on that is not inside a UTF-8 character (4 bytes at most); `cut` itself where there is none."""
+    """The first place from `cut` on that is not inside a UTF-8 character (4 bytes at most); `cut` where there is none."""
     if not cut:  # a document's beginning is no place inside a character
         return cut
     ends = [place for place in range(cut, min(cut + 4, len(content))) if content[place] & 0xC0 != 0x80]

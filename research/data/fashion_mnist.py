@@ -78,9 +78,9 @@ def _verify(file: str) -> None:
 
 
 def fetch(folder: str | None = None, say: Say = print) -> str:
-    """Gets the four files into `folder` (default: fashion-mnist/ in the first writable of `data_folders`) and returns it: from the
-    Debian package, which needs neither root nor an installation, else from the public mirror. Files are checked before they are
-    put in place. Where they are already, intact, nothing is fetched.
+    """Gets the four files into `folder` (default: fashion-mnist/ in the first writable of `data_folders`) and returns it: from
+    the Debian package, which needs neither root nor an installation, else from the public mirror. Files are checked before they
+    are put in place. Where they are already, intact, nothing is fetched.
 
     Raises ValueError (one line) naming why each way failed.
     """

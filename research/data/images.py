@@ -36,7 +36,9 @@ def images(x: np.ndarray, y: np.ndarray, classes: Sequence[str] = ()) -> Images:
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.dtype != np.uint8:
-        raise ValueError(f"images: uint8 [n, height, width] or [n, height, width, channels] is wanted, given {x.dtype} {x.shape}")
+        raise ValueError(
+            f"images: uint8 [n, height, width] or [n, height, width, channels] is wanted, given {x.dtype} {x.shape}"
+        )
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1 or y.dtype.kind not in "iu":
@@ -63,14 +65,18 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         content = _unpacked(content, name)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
         codes = ", ".join(f"{code:#04x}" for code in IDX_DTYPES)
-        raise ValueError(f"{name!r} is not an IDX file: it begins with {content[:4].hex(' ')}, 00 00 and one of {codes} is wanted")
+        raise ValueError(
+            f"{name!r} is not an IDX file: it begins with {content[:4].hex(' ')}, 00 00 and one of {codes} is wanted"
+        )
     dtype, rank = np.dtype(IDX_DTYPES[content[2]]), content[3]
     begin = 4 + 4 * rank
     shape = tuple(int(n) for n in np.frombuffer(content[4:begin].ljust(4 * rank, b"\0"), ">u4"))
     wanted = begin + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if len(content) < begin or len(content) != wanted:
         word = "truncated" if len(content) < max(begin, wanted) else "too long"
-        raise ValueError(f"{name!r} is {word}: {len(content)} bytes given, {max(begin, wanted)} wanted for {dtype.name} {shape}")
+        raise ValueError(
+            f"{name!r} is {word}: {len(content)} bytes given, {max(begin, wanted)} wanted for {dtype.name} {shape}"
+        )
     return np.frombuffer(content, dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -98,8 +104,8 @@ def images_from_folders(folder: str | os.PathLike[str], channels: int = 3) -> Im
     Args:
       channels: 1 grey, 3 colour, 4 with transparency; files are converted.
 
-    Raises ValueError: no such folder, no class folders, a class without images, an image that cannot be read, unequal sizes, or the
-    package pillow is not installed.
+    Raises ValueError: no such folder, no class folders, a class without images, an image that cannot be read, unequal sizes, or
+    the package pillow is not installed.
     """
     top = os.path.expanduser(os.fspath(folder))
     if channels not in PIL_MODES:
@@ -157,7 +163,9 @@ class _ImageSource:
         return {"inputs": self._held.x[rows] * self._scale + self._shift, "targets": self._held.y[rows]}
 
 
-def image_source(x: np.ndarray, y: np.ndarray, *, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0) -> Source:
+def image_source(
+    x: np.ndarray, y: np.ndarray, *, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0
+) -> Source:
     """Records {"inputs": float32 [height, width, channels], "targets": int32 []}, inputs being (x / 255 - mean) / std.
 
     Args:

@@ -1,8 +1,9 @@
 """The source of Python's own standard library: a corpus that every machine with Python has.
 
 Every `*.py` below the library's root of the running base interpreter, except where a part of the path is test, tests, idle_test
-or site-packages. The split is by the sha256 of the path relative to that root, as POSIX text, modulo 20: 0 is test, 1 validation,
-the rest training. Documents stand in the order of that path. Other Pythons hold other sources: scores compare on one Python only.
+or site-packages. The split is by the sha256 of the path relative to that root, as POSIX text, modulo 20: 0 is test, 1
+validation, the rest training. Documents stand in the order of that path. Other Pythons hold other sources: scores compare on
+one Python only.
 """
 
 from __future__ import annotations

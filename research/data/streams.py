@@ -1,14 +1,14 @@
 """Streams of batches through grain, whose position is one number.
 
-A `Source` gives records by row, many at once; `train_batches` and `ordered_batches` make `research.core.types.Batches` of it. What
-the i-th batch holds is a function of i alone, so a position is `{"next_index": i}`, it can be computed for any step, and every
-process of a run has the same one, however many there are.
+A `Source` gives records by row, many at once; `train_batches` and `ordered_batches` make `research.core.types.Batches` of it.
+What the i-th batch holds is a function of i alone, so a position is `{"next_index": i}`, it can be computed for any step, and
+every process of a run has the same one, however many there are.
 
 Grain does the iterating, the position and the threads. The order is made here, an epoch's permutation at a time, for three
 reasons: grain's shuffle costs about 10 us a record, which is more than a whole step of a small task; its shuffle of seed s in
-epoch e is that of seed s + 1 in epoch e - 1, so runs that differ in their seed would see one order; and an order that a position
-counts in must not change with grain's version. Grain's state names nothing but a number, so `Batches.fingerprint` says what the
-number counts: content, order, batch size and epoch rule.
+epoch e is that of seed s + 1 in epoch e - 1, so runs that differ in their seed would see one order; and an order that a
+position counts in must not change with grain's version. Grain's state names nothing but a number, so `Batches.fingerprint` says
+what the number counts: content, order, batch size and epoch rule.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Source(Protocol):
     """Records by row.
 
     fingerprint: names the content; equal only for equal content.
-    gather: (rows int64 [n], epoch) -> {name: array [n, ...]}, the same for the same arguments, from any thread. "mask" (float32,
-        [n] or [n, ...], 1 where it counts) may be among them. Only sources that are cut anew every epoch look at `epoch`.
+    gather: (rows int64 [n], epoch) -> {name: array [n, ...]}, the same for the same arguments, from any thread. "mask"
+        (float32, [n] or [n, ...], 1 where it counts) may be among them. Only sources that are cut anew every epoch look at
+        `epoch`.
     """
 
     fingerprint: str
@@ -137,13 +138,13 @@ class _BatchList:
     def __getitem__(self, index: int) -> Record:
         epoch, number = divmod(index, self._per_epoch)
         rows = self._order(epoch)[number * self._batch_size : (number + 1) * self._batch_size]
-        valid = np.arange(self._batch_size) < len(rows)
+        held = len(rows)
         # Padding repeats a real record: zeros could give a NaN (log 0, 0 / 0) that a mask of 0 does not undo.
-        rows = np.concatenate([rows, np.full(self._batch_size - len(rows), rows[0])])[self._share]
+        rows = np.concatenate([rows, np.full(self._batch_size - held, rows[0])])[self._share]
         batch = self._records(rows, epoch)
         mask = np.asarray(batch["mask"], np.float32) if "mask" in batch else np.ones(len(rows), np.float32)
-        valid = valid[self._share].astype(np.float32).reshape(-1, *[1] * (mask.ndim - 1))
-        return {**batch, "mask": mask * valid}
+        real = (np.arange(self._batch_size) < held)[self._share].reshape(-1, *[1] * (mask.ndim - 1))
+        return {**batch, "mask": mask * real}
 
     def _records(self, rows: np.ndarray, epoch: int) -> Record:
         batch = self._source.gather(rows, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Corpus:
         """Bits per byte are nats per token / (ln 2 * this)."""
         return self.bytes / len(self.tokens)
 
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> builtins.bytes:  # `bytes` is a field here
         """ids [n] -> the bytes they stand for."""
         return self.tokenizer.decode(tokens)
 
@@ -61,18 +62,16 @@ class Corpus:
 def corpus(documents: Sequence[Document], tokenizer: Tokenizer, name: str, separator: bytes = b"") -> Corpus:
     """Tokenizes documents one by one, each followed by `separator` (tokenized and counted with it), and joins them in order.
 
-    Raises ValueError: no documents, nothing but empty ones, or a document that the tokenizer needs as UTF-8 and is not (document
-    and byte offset are named).
+    Raises ValueError: no documents, nothing but empty ones, or a document that the tokenizer needs as UTF-8 and is not
+    (document and byte offset are named).
     """
     if not documents:
         raise ValueError(f"corpus {name!r} is empty: no documents")
+    if tokenizer.needs_utf8:
+        _check_utf8(documents)
     pieces: list[np.ndarray] = []
     for first in range(0, len(documents), CHUNK):
-        chunk = documents[first : first + CHUNK]
-        try:
-            pieces += tokenizer.encode([document.content + separator for document in chunk])
-        except UnicodeDecodeError:
-            raise ValueError(_not_utf8(chunk)) from None
+        pieces += tokenizer.encode_batch([document.content + separator for document in documents[first : first + CHUNK]])
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     if not offsets[-1]:
         raise ValueError(f"corpus {name!r} is empty: its {len(documents)} documents hold nothing")
@@ -82,18 +81,19 @@ def corpus(documents: Sequence[Document], tokenizer: Tokenizer, name: str, separ
     return Corpus(name, tokens, offsets, tuple(document.name for document in documents), size, tokenizer)
 
 
-def _not_utf8(documents: Sequence[Document]) -> str:
+def _check_utf8(documents: Sequence[Document]) -> None:
     for document in documents:
         try:
             document.content.decode("utf-8")
         except UnicodeDecodeError as error:
             place = f"byte {error.start} is {document.content[error.start]:#04x}"
-            return f"{document.name!r} is not UTF-8: {place}; this tokenizer needs UTF-8 (tokenizer 'bytes' takes any bytes)"
-    return "the separator is not UTF-8"
+            raise ValueError(
+                f"{document.name!r} is not UTF-8: {place}; this tokenizer needs UTF-8 (tokenizer 'bytes' takes any bytes)"
+            ) from None
 
 
 def tokenizer_named(name: str) -> Tokenizer:
-    """"bytes", or the path of a Hugging Face `tokenizers` JSON file."""
+    """`"bytes"`, or the path of a Hugging Face `tokenizers` JSON file."""
     return bytes_tokenizer() if name == "bytes" else hf_tokenizer(name)
 
 
@@ -112,8 +112,8 @@ def text_corpora(
     Args:
       paths: file names or patterns (`**` allowed) of text, jsonl or parquet files.
       tokenizer: "bytes", or the path of a Hugging Face `tokenizers` JSON file.
-      split: "document": by the sha256 of the relative path (of a row's content in jsonl and parquet) modulo `modulus`: 0 is test,
-        1 validation, the rest training. "position": the last `fractions` of all bytes are validation and test.
+      split: "document": by the sha256 of the relative path (of a row's content in jsonl and parquet) modulo `modulus`: 0 is
+        test, 1 validation, the rest training. "position": the last `fractions` of all bytes are validation and test.
       field: what holds the text of a jsonl object or a parquet row; None for text files.
       separator: put after every document, and counted with it.
 
@@ -125,6 +125,8 @@ def text_corpora(
     documents = read_documents(paths, field)
     if not any(document.content for document in documents):
         raise ValueError(f"empty corpus: the {len(documents)} documents of {paths!r} hold no text")
+    if chosen.needs_utf8:  # while the offset is still that in the file
+        _check_utf8(documents)
     parts = by_hash(documents, modulus) if split == "document" else by_position(documents, *fractions)
     for part, held in parts.items():
         if not any(document.content for document in held):

@@ -17,20 +17,25 @@ NEWLINE = ord("\n")
 class Tokenizer(NamedTuple):
     """Text, as bytes, to token ids and back.
 
-    encode: documents (bytes each) -> one array a document, unsigned and as narrow as vocab_size allows. Raises UnicodeDecodeError
-        where a document must be UTF-8 and is not.
+    encode_batch: documents (bytes each) -> one array [n] a document, unsigned and as narrow as vocab_size allows.
     decode: ids [n] -> bytes.
     vocab_size: ids are below it.
     start: the id that stands before the first token of a corpus: a newline's last token, so that a text begins as a line does
         and the vocabulary needs no id of its own for it. 0 where a newline has no token.
+    needs_utf8: whether documents must be UTF-8.
     fingerprint: equal only for tokenizers that encode alike.
     """
 
-    encode: Callable[[Sequence[bytes]], list[np.ndarray]]
+    encode_batch: Callable[[Sequence[bytes]], list[np.ndarray]]
     decode: Callable[[Sequence[int] | np.ndarray], bytes]
     vocab_size: int
     start: int
+    needs_utf8: bool
     fingerprint: str
+
+    def encode(self, document: bytes) -> np.ndarray:
+        """One document -> ids [n]."""
+        return self.encode_batch([document])[0]
 
 
 def narrowest(vocab_size: int) -> np.dtype:
@@ -41,10 +46,11 @@ def narrowest(vocab_size: int) -> np.dtype:
 def bytes_tokenizer() -> Tokenizer:
     """The 256 bytes; accepts anything."""
     return Tokenizer(
-        encode=lambda documents: [np.frombuffer(document, np.uint8) for document in documents],
+        encode_batch=lambda documents: [np.frombuffer(document, np.uint8) for document in documents],
         decode=lambda ids: np.asarray(ids).astype(np.uint8).tobytes(),
         vocab_size=256,
         start=NEWLINE,
+        needs_utf8=False,
         fingerprint="bytes",
     )
 
@@ -73,7 +79,7 @@ def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     vocab_size = max(ids, default=-1) + 1  # get_vocab_size() counts ids, which may leave gaps
     dtype = narrowest(vocab_size)
 
-    def encode(documents: Sequence[bytes]) -> list[np.ndarray]:
+    def encode_batch(documents: Sequence[bytes]) -> list[np.ndarray]:
         texts = [document.decode("utf-8") for document in documents]
         return [np.asarray(e.ids, dtype) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
@@ -81,4 +87,5 @@ def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False).encode()
 
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
-    return Tokenizer(encode, decode, vocab_size, newline[-1] if newline else 0, f"tokenizers {digest(content)}")
+    start = newline[-1] if newline else 0
+    return Tokenizer(encode_batch, decode, vocab_size, start, needs_utf8=True, fingerprint=f"tokenizers {digest(content)}")

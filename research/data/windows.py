@@ -1,7 +1,7 @@
 """A corpus as windows of tokens: cut anew every epoch to train on, every token once to evaluate on.
 
-Both are Sources of {"inputs": int32 [length], "targets": int32 [length], "mask": float32 [length]}; targets are inputs shifted by
-one, and the mask is 1 on targets that count.
+Both are Sources of {"inputs": int32 [length], "targets": int32 [length], "mask": float32 [length]}; targets are inputs shifted
+by one, and the mask is 1 on targets that count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class _RandomWindows:
         count = len(self._tokens)
         places_BxT = rows[:, None] * self._length + np.arange(self._length)
         shift = mixed(self._seed, epoch) % count
-        tokens_BxT1 = self._tokens.take(np.append(places_BxT[:, :1] - 1, places_BxT, axis=1) + shift, mode="wrap").astype(np.int32)
+        around_BxT1 = np.append(places_BxT[:, :1] - 1, places_BxT, axis=1) + shift
+        tokens_BxT1 = self._tokens.take(around_BxT1, mode="wrap").astype(np.int32)
         mask_BxT = (places_BxT < count).astype(np.float32)
         return {"inputs": tokens_BxT1[:, :-1], "targets": tokens_BxT1[:, 1:], "mask": mask_BxT}
 
@@ -33,9 +34,9 @@ class _RandomWindows:
 def random_windows(corpus: Corpus, length: int, *, seed: int) -> Source:
     """Windows of `length` tokens to train on, for `train_batches` (which shuffles them).
 
-    The corpus is taken as a ring and cut into ceil(n / length) windows, from another place every epoch, which depends on seed and
-    epoch alone. So every token is a target exactly once an epoch (what the last window has too much is masked), and over the
-    epochs it is met at every distance from a window's beginning.
+    The corpus is taken as a ring and cut into ceil(n / length) windows, from another place every epoch, which depends on seed
+    and epoch alone. So every token is a target exactly once an epoch (what the last window has too much is masked), and over
+    the epochs it is met at every distance from a window's beginning.
 
     Raises ValueError for a corpus shorter than one window.
     """
@@ -72,9 +73,9 @@ def scored_windows(corpus: Corpus, length: int, context: int) -> Source:
     """The whole corpus as one stream to evaluate on, for `ordered_batches`: every token counts exactly once.
 
     The first window scores all of its `length` tokens; the corpus's first token is predicted from `corpus.start`. Every later
-    window scores its last `length - context` tokens, so that each of them is predicted from more than `context` tokens before it.
-    The last window is moved back to end with the corpus, which only adds context. A corpus shorter than `length` is one window,
-    masked past its end.
+    window scores its last `length - context` tokens, so that each of them is predicted from more than `context` tokens before
+    it. The last window is moved back to end with the corpus, which only adds context. A corpus shorter than `length` is one
+    window, masked past its end.
 
     Raises ValueError unless 0 <= context < length.
     """

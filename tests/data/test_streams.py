@@ -173,7 +173,8 @@ def test_the_fingerprint_names_content_order_and_batching():
     retyped = [{**r, "targets": np.int16(r["targets"])} for r in RECORDS]
     others = [
         fingerprint(changed), fingerprint(renamed), fingerprint(retyped), fingerprint(RECORDS[::-1]), fingerprint(batch_size=4),
-        fingerprint(seed=2), fingerprint(remainder="pad"), fingerprint(transform=noisy), ordered_batches(RECORDS, 3).fingerprint,
+        fingerprint(seed=2), fingerprint(remainder="pad"), fingerprint(transform=noisy),
+        ordered_batches(RECORDS, 3).fingerprint,
         fingerprint(subset(RECORDS, range(10))), fingerprint(subset(RECORDS, range(1, 11))),
     ]  # fmt: skip
     assert len({fingerprint(), *others}) == 1 + len(others)
@@ -223,7 +224,8 @@ def test_streams_start_no_process_and_need_no_flags():
 
 def test_a_grain_data_set_is_a_source_and_an_endless_one_is_refused():
     data_set = grain.MapDataset.range(6).map(lambda i: {"targets": np.int32(i)})
-    assert sorted(t for b in drawn(train_batches(data_set, 2, seed=0, remainder="drop"), 3) for t in targets(b)) == list(range(6))
+    batches = drawn(train_batches(data_set, 2, seed=0, remainder="drop"), 3)
+    assert sorted(t for batch in batches for t in targets(batch)) == list(range(6))
     with pytest.raises(ValueError, match="repeats without end"):
         as_source(data_set.repeat())
 

@@ -42,10 +42,9 @@ def test_rows_of_jsonl_gz_and_parquet_are_documents(texts, tmp_path):
     packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
     assert [d.content for d in read_documents(str(packed), "text")] == [d.content for d in rows]
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", None, "zwei é"], "raw": [b"\xff", b"", b"b"]})
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
     named = [(d.name, d.content) for d in read_documents(str(tmp_path / "rows.parquet"), "text")]
     assert named == [("rows.parquet:0", b"one"), ("rows.parquet:2", "zwei é".encode())]
     assert [d.content for d in read_documents(str(tmp_path / "rows.parquet"), "raw")] == [b"\xff", b"", b"b"]
@@ -116,7 +115,7 @@ def test_a_hugging_face_tokenizer_drops_and_pads_nothing(tokenizer_file):
     tokenizer = hf_tokenizer(tokenizer_file)
     assert (tokenizer.vocab_size, tokenizer.start) == (8, 4)  # start is the newline's token
     text = b"the cat sat the cat\n"  # ten tokens, where the file truncates to four
-    (ids,) = tokenizer.encode([text])
+    ids = tokenizer.encode(text)
     assert ids.tolist() == [1, 5, 2, 5, 3, 5, 1, 5, 2, 4] and ids.dtype == np.uint8
     assert tokenizer.decode(ids) == text
     held = corpus([Document("d", "the é".encode(), b"")], tokenizer, "c")
@@ -139,3 +138,9 @@ def test_corpora_of_a_users_own_files(texts, tmp_path, tokenizer_file):
     assert sum(len(held.documents) for held in parts.values()) == 62
     assert all(held.tokens[held.offsets[1:] - 1].tolist() == [4] * len(held.documents) for held in parts.values())
     assert os.path.basename(parts["test"].documents[0]).endswith(".txt")
+
+
+@given(st.binary(max_size=50))
+def test_bytes_come_back_as_they_were(content):
+    tokenizer = bytes_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(content)) == content
