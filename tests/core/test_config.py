@@ -15,6 +15,7 @@ from research.core.config import (
     split_name,
 )
 
+IMPORT = "from ml_collections import ConfigDict"
 SOURCE = """
 from ml_collections import ConfigDict, config_dict
 ARGS = ("smoke", "big")
@@ -89,11 +90,8 @@ def test_an_override_that_does_not_fit_is_one_line(path, key, text, says):
         ("import no_such_module\ndef get_config(arg=''): pass", "no_such_module"),
         ("x = 1", "no get_config"),
         ("def get_config(arg=''): return {'a': 1}", "a ConfigDict is wanted"),
-        ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'a': None})", "config key a is None"),
-        (
-            "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'a': {'b': print}})",
-            "config key a.b holds",
-        ),
+        (f"{IMPORT}\ndef get_config(): return ConfigDict({{'a': None}})", "config key a is None"),
+        (f"{IMPORT}\ndef get_config(): return ConfigDict({{'a': {{'b': print}}}})", "config key a.b holds"),
     ],
 )
 def test_a_file_that_is_no_config_is_one_line(tmp_path, source, says):
