@@ -1,0 +1,211 @@
+"""An optimizer from plain values.
+
+    make({"name": "muon", "learning_rate": 0.02, "adam_learning_rate": 3e-3, "weight_decay": 0.1, "clip": 1.0,
+          "schedule": {"name": "wsd", "warmup": 100, "decay": 0.3},
+          "groups": {"embed": {"match": "embed", "weight_decay": 0.0}}}, steps=2000)
+
+The chain is: clip by global norm, the optimizer's core, then `scale_by_rates` (weight decay, learning rate, schedule,
+groups).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+from research.core.names import call_checked, choose, keywords, suggestion
+from research.core.tree import Path, joined, leaves_with_paths, map_with_path
+from research.core.types import Tree
+from research.optim import groups as grouping
+from research.optim import schedules
+from research.optim.groups import Group
+from research.optim.muon import scale_by_muon
+from research.optim.rates import own_values, scale_by_rates
+
+CONSTANT: Mapping[str, Any] = {"name": "constant"}
+NONE: Mapping[str, Any] = {}
+MATRIX_FREE = r"(^|/)(\w*embed\w*|table|(\w+_)?head|\w*norm\w*|bias|scale)(/|$)"
+
+
+class Core(NamedTuple):
+    """What turns gradients into a direction, of unit learning rate and without weight decay, and the groups it adds after the
+    user's own."""
+
+    transformation: optax.GradientTransformation
+    groups: tuple[Group, ...] = ()
+
+
+def sgd(*, momentum: float = 0.0, nesterov: bool = False) -> Core:
+    """m <- momentum m + g; direction m, or with Nesterov g + momentum m (Sutskever et al. 2013). State: m where momentum
+    > 0."""
+    return Core(optax.trace(momentum, nesterov) if momentum else optax.identity())
+
+
+def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, nesterov: bool = False) -> Core:
+    """Adam's direction (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; with Nesterov Dozat 2016); Adam itself where
+    the weight decay is 0."""
+    return Core(optax.scale_by_adam(b1, b2, eps, nesterov=nesterov))
+
+
+def rmsprop(*, decay: float = 0.9, eps: float = 1e-8, momentum: float = 0.0) -> Core:
+    """g / sqrt(mean square of g + eps) (Tieleman and Hinton 2012, lecture 6.5), then momentum as in `sgd`."""
+    scaled = optax.scale_by_rms(decay, eps)
+    return Core(optax.chain(scaled, optax.trace(momentum)) if momentum else scaled)
+
+
+def adagrad(*, initial: float = 0.1, eps: float = 1e-7) -> Core:
+    """g / sqrt(initial + sum of squares of g + eps) (Duchi et al. 2011, figure 1)."""
+    return Core(optax.scale_by_rss(initial, eps))
+
+
+def lion(*, b1: float = 0.9, b2: float = 0.99) -> Core:
+    """sign(b1 m + (1 - b1) g), m <- b2 m + (1 - b2) g (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+    return Core(optax.scale_by_lion(b1, b2))
+
+
+def adafactor(
+    *,
+    decay: float = 0.8,
+    smallest: int = 128,
+    clip_rms: float = 1.0,
+    momentum: float = 0.0,
+    parameter_scale: bool = True,
+    eps: float = 1e-30,
+) -> Core:
+    """Second moments as outer products of row and column means (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4).
+
+    decay: exponent of 1 - t^-decay. smallest: matrices with a side below it are not factored. clip_rms: largest root mean
+    square of an update. parameter_scale: the learning rate is relative to a parameter's root mean square (at least 1e-3).
+    """
+    links = [optax.scale_by_factored_rms(True, decay, 0, smallest, eps), optax.clip_by_block_rms(clip_rms)]
+    links += [optax.scale_by_param_block_rms()] if parameter_scale else []
+    links += [optax.ema(momentum, debias=False)] if momentum else []
+    return Core(optax.chain(*links))
+
+
+def muon(
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    coefficients: str = "jordan",
+    steps: int = 5,
+    scale: str = "width",
+    dtype: str = "bfloat16",
+    at_once: int | None = None,
+    layouts: Mapping[str, Mapping[str, Any]] = NONE,
+    adam_match: str = MATRIX_FREE,
+    adam_learning_rate: float | None = None,
+    adam_weight_decay: float | None = None,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    adam_eps: float = 1e-8,
+) -> Core:
+    """Muon for matrices (see `research.optim.muon.scale_by_muon` for its keywords), AdamW for every other parameter:
+    those of fewer than 2 axes and those whose path `adam_match` is found in. By default these are embeddings, heads,
+    norms, biases and scales; a stacked vector [layers, width] of another name must be added to it, for its shape is a
+    matrix's.
+
+    adam_learning_rate, adam_weight_decay: of AdamW's parameters, in the state as "learning_rate_adam" and
+    "weight_decay_adam"; None is the optimizer's own, which suits scale="rms".
+    """
+    found = grouping.compiled(adam_match, "optimizer.adam_match")
+
+    def adam(path: Path, leaf: Any) -> bool:
+        return leaf.ndim < 2 or bool(found.search(joined(path)))
+
+    def labels(params: Tree) -> Tree:
+        named = map_with_path(lambda path, x: "adam" if adam(path, x) else "muon", params)
+        if "muon" not in {label for _, label in leaves_with_paths(named)}:
+            raise ValueError(f"muon has no parameter: each has fewer than 2 axes or matches adam_match={adam_match!r}")
+        return named
+
+    matrices = scale_by_muon(
+        momentum=momentum, nesterov=nesterov, coefficients=coefficients, steps=steps, scale=scale, dtype=dtype, at_once=at_once,
+        layouts=layouts,
+    )  # fmt: skip
+    both = optax.partition({"muon": matrices, "adam": optax.scale_by_adam(adam_b1, adam_b2, adam_eps)}, labels)
+    return Core(both, (Group("adam", adam, None, adam_learning_rate, None, adam_weight_decay),))
+
+
+OPTIMIZERS: Mapping[str, Callable[..., Core]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "rmsprop": rmsprop,
+    "adagrad": adagrad,
+    "lion": lion,
+    "adafactor": adafactor,
+    "muon": muon,
+}
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and what it was made of: its groups in order, and the values of what none of them takes."""
+
+    transformation: optax.GradientTransformation
+    groups: tuple[Group, ...]
+    learning_rate: float
+    weight_decay: float
+
+
+def chained(
+    core: Core,
+    *,
+    learning_rate: float,
+    steps: int,
+    weight_decay: float = 0.0,
+    clip: float = 0.0,
+    schedule: Mapping[str, Any] = CONSTANT,
+    groups: Mapping[str, Mapping[str, Any]] = NONE,
+) -> Optimizer:
+    """The optimizer around a core.
+
+    learning_rate: peak. steps: of the run, for the schedule. weight_decay: decoupled, times the learning rate. clip:
+    largest global norm of the gradient, 0 for none. schedule: see `research.optim.schedules`. groups: see
+    `research.optim.groups.group`.
+    """
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay, "clip": clip}.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"optimizer.{name}={value} is out of range: a finite number, 0 or above")
+    taken = [g.name for g in core.groups if g.name in groups]
+    if taken:
+        raise ValueError(f"optimizer.groups.{taken[0]}: this optimizer has a group of that name; choose another")
+    own = (*grouping.groups(groups, "optimizer.groups"), *core.groups)
+    factor = schedules.schedule(schedule, peak=1.0, steps=steps, where="optimizer.schedule")
+    links = [optax.clip_by_global_norm(clip)] if clip else []
+    links += [core.transformation, scale_by_rates(learning_rate, weight_decay, factor, own)]
+    return Optimizer(optax.chain(*links), own, learning_rate, weight_decay)
+
+
+def optimizer(config: Mapping[str, Any], *, steps: int) -> Optimizer:
+    """The optimizer of a config: `name`, the keywords of `chained`, and those of the core of that name. ValueError (one
+    line) on an unknown name or keyword, with the nearest match, and on a missing one."""
+    given = dict(config)
+    for name in ("name", "learning_rate"):
+        if name not in given:
+            raise ValueError(f"optimizer lacks optimizer.{name}; given: {', '.join(given) or 'none'}")
+    kind = choose(OPTIMIZERS, given.pop("name"), "optimizer.name")
+    common = [name for name in keywords(chained)[0] if name not in ("core", "steps")]
+    allowed = [*common, *keywords(kind)[0]]
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"optimizer.{name} is unknown; allowed: {', '.join(allowed)}{suggestion(name, allowed)}")
+    core = call_checked(kind, {k: v for k, v in given.items() if k not in common}, "optimizer")
+    around = {k: v for k, v in given.items() if k in common}
+    return call_checked(chained, {"core": core, "steps": steps, **around}, "optimizer")
+
+
+def make(config: Mapping[str, Any], *, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a config; see `optimizer` and the module."""
+    return optimizer(config, steps=steps).transformation
+
+
+def describe(made: Optimizer, params: Tree) -> dict[str, dict[str, float]]:
+    """{path: {"learning_rate", "weight_decay"}} of every parameter (or its shape): what a dry run shows."""
+    own = own_values(made.learning_rate, made.weight_decay, made.groups)
+    return {
+        joined(path): {"learning_rate": own[v.learning_rate] * v.factor, "weight_decay": own[v.weight_decay]}
+        for path, v in grouping.assign(params, made.groups).items()
+    }
