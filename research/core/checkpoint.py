@@ -1,11 +1,11 @@
 """Checkpoints of a State: written in the background, there whole or not at all, and never believed without their hashes.
 
-    checkpoints/
-      <stage>-<step>/   state/ (the arrays), meta.json (position, metrics, path, dtype and shape of every leaf),
-                        manifest.json (size and sha256 of every file)
-      frozen/<sha256>/  State["frozen"], once per content: arrays/, meta.json, manifest.json
-      damaged-…         put aside because a file was not as it was written
-      .…                unfinished, or on its way out: thrown away at the next start
+checkpoints/
+  <stage>-<step>/   state/ (the arrays), meta.json (position, metrics, path, dtype and shape of every leaf),
+                    manifest.json (size and sha256 of every file)
+  frozen/<sha256>/  State["frozen"], once per content: arrays/, meta.json, manifest.json
+  damaged-…         put aside because a file was not as it was written
+  .…                unfinished, or on its way out: thrown away at the next start
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What meta.json says. `order` counts saves: once a run went back to an earlier step, the newest is not the highest step."""
+    """What meta.json says. `order` counts saves: after a run went back to an earlier step, the newest has not the highest."""
 
     saved: Saved
     order: int
@@ -122,6 +122,7 @@ class Checkpoints:
         partial = self.directory / f"{_PARTIAL}{name}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             wait = storage.write(rest, partial / "state")
             frozen_copy = storage.on_host(frozen) if frozen_leaves else None

@@ -75,6 +75,17 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def append_whole(descriptor: int, data: bytes, path: Path) -> None:
+    """Appends all of `data` to an open file, or nothing of it: then it raises OSError that names `path`."""
+    size = os.fstat(descriptor).st_size
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError as error:
+        os.ftruncate(descriptor, size)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def files_in(directory: Path) -> list[Path]:
     """Every file below `directory`, in order of path, the manifest left out."""
     return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)

@@ -38,7 +38,7 @@ class Hook:
         """The stage begins at `step` of `steps`: 0, or where a checkpoint left off."""
 
     def step(self, step: int) -> None:
-        """`step` batches have been dispatched. Called after each dispatch: it must be cheap and must not wait for the device."""
+        """`step` batches have been dispatched. Called after each dispatch: it must be cheap, and not wait for the device."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Training metrics at `step`: {name: float, or NumPy array with one value a member of a population}."""
@@ -161,14 +161,8 @@ class JsonLines(Hook):
         if self._file is None:
             raise RuntimeError(f"{self.path}: JsonLines was given metrics before `start`")
         when = {"stage": self._stage, "step": step, "time": round(time.time(), 3), "seconds": round(self.seconds, 3)}
-        data = files.json_bytes(when | {f"{prefix}/{k}": v for k, v in values.items() if not is_image(v)}, indent=None)
-        size = os.fstat(self._file).st_size
-        try:
-            while data:
-                data = data[os.write(self._file, data) :]
-        except OSError as error:
-            os.ftruncate(self._file, size)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        line = when | {f"{prefix}/{name}": value for name, value in values.items() if not is_image(value)}
+        files.append_whole(self._file, files.json_bytes(line, indent=None), self.path)
 
     def saved(self, step: int) -> None:
         if self._file is not None:

@@ -21,6 +21,7 @@ from research.core.hooks import Hook
 from research.core.types import Learner
 
 MODES = ("auto", "bar", "notebook", "lines")
+SIZES = (1024, 2048, 4096, 8192)  # of the matrices whose products are timed
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def measured_matmul_peak(dtype: Any = jnp.float32) -> float:
     A product of n x n matrices counts 2 n^3.
     """
     best = 0.0
-    for n in (1024, 2048, 4096, 8192):
+    for n in SIZES:
         x = jnp.ones((n, n), dtype)
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
         jax.block_until_ready(multiply(x, x))
@@ -48,7 +49,7 @@ def measured_matmul_peak(dtype: Any = jnp.float32) -> float:
 
 
 def duration(seconds: float) -> str:
-    """"8s", "2:05", "1:02:05"."""
+    """Seconds as "8s", "2:05" or "1:02:05"."""
     whole = max(0, round(seconds))
     hours, minutes, left = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}" if minutes else f"{left}s"

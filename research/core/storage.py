@@ -1,9 +1,9 @@
 """Trees of arrays in a folder. Only this module knows orbax.
 
 A tree is stored as nested dicts of str keys by path, whatever its containers, so NamedTuples, tuples and empty nodes come back
-from the abstract tree that is asked for, and without one everything comes back as dicts. A description of it (path, dtype, shape
-of every leaf) is kept apart by the caller and compared before anything is read: orbax by itself would hand out a saved float32
-as float16.
+from the abstract tree that is asked for, and without one everything comes back as dicts. A description of it (path, dtype and
+shape of every leaf) is kept apart by the caller and compared before anything is read: orbax by itself would hand out a saved
+float32 as float16.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def failure(error: BaseException, path: Path) -> CheckpointError:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _by_path(tree: Tree) -> list[tuple[trees.Path, Any]]:

@@ -5,12 +5,13 @@ No thread stands between a run and its events: a write that fails raises where i
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,6 +21,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from research.core import files
 from research.core.hooks import Hook, is_image
 from research.core.images import png
 from research.core.types import Learner
@@ -36,16 +38,16 @@ class TensorBoard(Hook):
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._file: BinaryIO | None = None
-        self._starts = 0
+        self._file: int | None = None
+        self._path = self.directory
 
     def start(self, step: int, steps: int, learner: Learner, stage: int = 0) -> None:
         self.close()
         directory = self.directory / f"stage-{stage}" if stage else self.directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._starts += 1
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{self._starts}"
-        self._file = open(directory / name, "xb")  # noqa: SIM115 (closed by `close`)
+        before = len(list(directory.glob("events.out.tfevents.*")))  # files are read in order of name
+        self._path = directory / f"events.out.tfevents.{int(time.time()):010d}.{before:06d}.{socket.gethostname()}"
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # What earlier files say from this step on is void; the step itself was logged before it was saved.
         self._write(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -94,13 +96,11 @@ class TensorBoard(Hook):
     def _write(self, event: Any) -> None:
         if self._file is None:
             raise RuntimeError(f"{self.directory}: TensorBoard was given something to write before `start`")
-        try:
-            RecordWriter(self._file).write(event.SerializeToString())
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        files.append_whole(self._file, record.getvalue(), self._path)
 
     def close(self) -> None:
         if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+            os.close(self._file)
+            self._file = None

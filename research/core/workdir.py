@@ -1,13 +1,13 @@
 """The folder of a run, which explains itself.
 
-    config.json      the resolved config
-    versions.json    what ran it: Python, packages, CPU and devices, commit; earlier starts that differed under "earlier"
-    metrics.jsonl    what was logged, one JSON object a line (research.core.hooks)
-    events/          the same for TensorBoard
-    checkpoints/     States (research.core.checkpoint)
-    report.html      curves, tables and samples on one page (research.core.report)
-    summary.json     final metrics under the names they are logged with, steps, wall_seconds, state_sha256; written last, so
-                     it is there exactly when the run is finished
+config.json      the resolved config
+versions.json    what ran it: Python, packages, CPU and devices, commit; earlier starts that differed under "earlier"
+metrics.jsonl    what was logged, one JSON object a line (research.core.hooks)
+events/          the same for TensorBoard
+checkpoints/     States (research.core.checkpoint)
+report.html      curves, tables and samples on one page (research.core.report)
+summary.json     final metrics under the names they are logged with, steps, wall_seconds, state_sha256; written last, so
+                 it is there exactly when the run is finished
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def load_run(
     learner: stage -> the Learner of that stage, whose `variables` are taken. Without it the State comes as nested dicts (tuples
         and NamedTuples too), and the variables are "params", "state" and "frozen" at its top: the trained ones, where a learner
         keeps an average beside them; None where there are no such.
-    best: a metric such as "val/bits_per_byte", for the checkpoint that is best by it and `mode` ("min", "max"); None: the newest.
+    best: a metric such as "val/bits_per_byte", for the checkpoint that is best by it and `mode` ("min", "max"), not the newest.
 
     Raises ValueError (one line) where there is no run, no checkpoint is intact, or none has the metric.
     """
@@ -311,13 +311,12 @@ def load_run(
     saved = checkpoints.latest() if best is None else checkpoints.best()
     if saved is None and best is not None:
         raise ValueError(f"{path}: no checkpoint has the metric {best!r}")
-    state = variables = None
-    if saved is not None and learner is not None:
-        owner = learner(saved.stage)
-        state = checkpoints.load(saved, jax.eval_shape(owner.init, jax.random.key(0)))
+    owner = learner(saved.stage) if saved is not None and learner is not None else None
+    abstract = None if owner is None else jax.eval_shape(owner.init, jax.random.key(0))
+    state = None if saved is None else checkpoints.load(saved, abstract)
+    if owner is not None and state is not None:
         variables = owner.variables(state)
-    elif saved is not None:
-        state = checkpoints.load(saved)
-        variables = {group: state[group] for group in GROUPS} if {*GROUPS} <= {*state} else None
+    else:
+        variables = {group: state[group] for group in GROUPS} if state is not None and {*GROUPS} <= {*state} else None
     summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else None
     return Run(_read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)
