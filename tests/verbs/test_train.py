@@ -1,0 +1,90 @@
+"""gnomon train as a user runs it: a folder that explains itself, and the same command again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from research.__main__ import main
+from research.core.workdir import load_run
+
+SMOKE = ["train", "--config", "configs/lm/stdlib.py:smoke"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished smoke run."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main([*SMOKE, "--workdir", str(folder)]) == 0
+    return folder
+
+
+def test_the_folder_holds_all_of_a_run(finished):
+    names = {p.name for p in finished.iterdir()}
+    wanted = {"config.json", "versions.json", "metrics.jsonl", "events", "checkpoints", "summary.json", "report.html"}
+    assert wanted <= names
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] >= 20 and len(summary["state_sha256"]) == 64
+    assert 0 < summary["test/bits_per_byte"] < 9 and 0 < summary["val/bits_per_byte"] < 9
+    assert "<svg" in (finished / "report.html").read_text()
+
+
+def test_metrics_come_back_as_arrays(finished):
+    steps, values = load_run(finished).metrics["train/loss"]
+    assert len(steps) == len(values) and steps[-1] == load_run(finished).summary["steps"] and values[-1] < values[0]
+
+
+def test_the_same_command_on_a_finished_run_shows_its_results(finished, capfd):
+    before = (finished / "summary.json").read_bytes()
+    assert main([*SMOKE, "--workdir", str(finished)]) == 0
+    out = capfd.readouterr().out
+    assert "is finished" in out and "test/bits_per_byte" in out
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_a_folder_of_another_config_is_refused_and_overwritten_only_when_told(finished, capfd):
+    other = [*SMOKE, "--workdir", str(finished), "--config.seed=1"]
+    with pytest.raises(SystemExit) as ended:
+        main(other)
+    assert ended.value.code == 2 and "seed: was 0, given 1" in capfd.readouterr().err
+
+
+def test_a_trained_run_is_measured_again_to_the_same_number(finished, capfd):
+    assert main(["evaluate", "--config", "configs/lm/stdlib.py:smoke", "--workdir", str(finished), "--only", "test"]) == 0
+    line = json.loads((finished / "evaluations.jsonl").read_text().splitlines()[-1])
+    summary = json.loads((finished / "summary.json").read_text())
+    assert line["test/bits_per_byte"] == summary["test/bits_per_byte"]
+
+
+def test_a_trained_run_is_sampled_and_a_seed_repeats(finished, capfd):
+    command = ["sample", "--config", "configs/lm/stdlib.py:smoke", "--workdir", str(finished), "--config.sample.tokens=12"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--seed", seed]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("def ")
+
+
+def test_looking_at_a_config_trains_nothing(tmp_path, capfd):
+    assert main([*SMOKE, "--print-config", "--workdir", str(tmp_path / "x")]) == 0
+    assert json.loads(capfd.readouterr().out)["task"]["name"] == "language_model"
+    assert main([*SMOKE, "--dry-run", "--workdir", str(tmp_path / "x")]) == 0
+    out = capfd.readouterr().out
+    assert "FLOPs a step" in out and "params" in out and not (tmp_path / "x").exists()
+
+
+def test_one_batch_is_overfitted(tmp_path, capfd):
+    folder = tmp_path / "one"
+    more = ["--config.train.steps=60", "--config.train.log_every=60", "--config.stream.batch=1", "--config.stream.length=16"]
+    assert main([*SMOKE, "--overfit-one-batch", "--workdir", str(folder), *more]) == 0
+    _, losses = load_run(folder).metrics["train/loss"]
+    assert losses[-1] < 2.0
+
+
+def test_several_seeds_end_in_a_mean_and_an_interval(tmp_path, capfd):
+    quick = ["--config", "configs/papers/mnist1d/config.py:smoke", "--config.train.steps=5", "--config.train.log_every=5"]
+    assert main(["train", "--seeds", "2", "--workdir", str(tmp_path / "s"), *quick]) == 0
+    out = capfd.readouterr().out
+    assert (tmp_path / "s" / "seed-0" / "summary.json").exists() and (tmp_path / "s" / "seed-1").exists()
+    assert "2 seeds" in out
