@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from research.core import files, storage
@@ -125,7 +126,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             wait = storage.write(rest, partial / "state")
-            frozen_copy = storage.on_host(frozen) if frozen_leaves else None
+            frozen_copy = storage.on_host(frozen) if jax.tree.leaves(frozen) else None
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise storage.failure(error, self.directory / name) from error
@@ -219,7 +220,7 @@ class Checkpoints:
         state = storage.read(saved.path / "state", entry.leaves, rest, where)
         if abstract is None or "frozen" in abstract:
             wanted = None if abstract is None else {"frozen": abstract["frozen"]}
-            state |= {"frozen": {}} | storage.read(self._frozen(entry) / "arrays", entry.frozen_leaves, wanted, where)
+            state |= storage.read(self._frozen(entry) / "arrays", entry.frozen_leaves, wanted, where)
         return state
 
     def _folders(self) -> list[Path]:

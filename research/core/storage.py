@@ -24,7 +24,8 @@ from orbax.checkpoint import v1 as ocp
 from research.core import tree as trees
 from research.core.types import Array, State, Tree
 
-Description = Sequence[dict[str, Any]]  # [{"path": [str, …], "dtype": str, "shape": [int, …]}], "impl" too for typed keys
+# [{"path": [str, …], "dtype": str, "shape": [int, …]}]; "impl" too for typed keys, "empty" instead for a dict of nothing
+Description = Sequence[dict[str, Any]]
 
 
 def _told_otherwise(record: logging.LogRecord) -> bool:
@@ -62,12 +63,18 @@ def _data(leaf: Any) -> Any:
 
 
 def describe(tree: Tree) -> list[dict[str, Any]]:
-    """Path, dtype and shape of every leaf, in path order; JSON-able."""
-    return [
+    """Path, dtype and shape of every leaf, in path order, and the paths of empty dicts; JSON-able."""
+
+    def empty(x: Any) -> bool:
+        return isinstance(x, dict) and not x
+
+    leaves = [
         {"path": list(path), "dtype": str(x.dtype), "shape": list(x.shape)}
         | ({"impl": str(jax.random.key_impl(x))} if _is_key(x) else {})
         for path, x in _by_path(tree)
     ]
+    nodes = trees.leaves_with_paths(tree, is_leaf=empty)
+    return leaves + [{"path": list(path), "empty": True} for path, x in nodes if empty(x) and path]
 
 
 def state_sha256(state: State) -> str:
@@ -122,7 +129,7 @@ def _shown(entry: dict[str, Any] | None) -> str:
 
 def difference(saved: Description, wanted: Tree) -> str | None:
     """The first path, in path order, at which what was saved is not what is wanted, and both sides; None where all agree."""
-    here = {tuple(e["path"]): e for e in saved}
+    here = {tuple(e["path"]): e for e in saved if "dtype" in e}
     there = {path: {"dtype": str(x.dtype), "shape": list(x.shape)} for path, x in _by_path(wanted)}
     for path in sorted({*here, *there}):
         a, b = _shown(here.get(path)), _shown(there.get(path))
@@ -139,13 +146,15 @@ def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _abstract(saved: Description) -> Tree:
-    def leaf(entry: dict[str, Any]) -> Any:
+    def node(entry: dict[str, Any]) -> Any:
+        if "empty" in entry:
+            return {}
         if "impl" not in entry:
             return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
         key = jax.eval_shape(lambda: jax.random.key(0, impl=entry["impl"]))
         return jax.ShapeDtypeStruct(tuple(entry["shape"]), key.dtype)
 
-    return trees.nested((tuple(entry["path"]), leaf(entry)) for entry in saved)
+    return trees.nested((tuple(entry["path"]), node(entry)) for entry in saved)
 
 
 def read(directory: Path, saved: Description, abstract: Tree | None, what: str) -> Tree:

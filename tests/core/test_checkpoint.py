@@ -105,6 +105,9 @@ def test_without_an_abstract_state_everything_comes_back_as_dicts_with_equal_has
     loaded = checkpoints.load(checkpoints.latest())
     assert state_sha256(loaded) == state_sha256(state)
     assert loaded["opt"]["0"]["trace"]["w"].dtype == jnp.bfloat16
+    assert loaded["params"]["empty"] == {} and jax.tree.structure(loaded["params"]) == jax.tree.structure(state["params"])
+    checkpoints.save({"step": jnp.int32(4), "params": {}, "frozen": {}})
+    assert {k: v for k, v in checkpoints.load(checkpoints.latest()).items() if k != "step"} == {"params": {}, "frozen": {}}
 
 
 def test_state_sha256_sees_every_leaf_path_dtype_and_shape():

@@ -121,7 +121,9 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.123456, "0.1235"), (999.5, "999.5"), (41234, "41.2k"), (3e6, "3M"), (-2.5e9, "-2.5G")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.123456, "0.1235"), (999.5, "999.5"), (41234, "41.2k"), (3e6, "3M"), (-2.5e9, "-2.5G")]
+)
 def test_short_numbers(value, text):
     assert short(value) == text
 
