@@ -45,7 +45,7 @@ def merged(copies: Tree, weights: Array, old: Tree, rules: Mapping[str, str]) ->
     A copy of weight 0 saw nothing and may hold NaN: it counts nowhere, and where all weights are 0 the old state stays.
     Raises ValueError as `rule_of` does.
     """
-    counts, total = weights > 0, weights.sum()
+    counts, total = weights != 0, weights.sum()
 
     def one(path: Path, copies: Array, old: Array) -> Array:
         rule = rule_of(path, old.dtype, rules)
@@ -55,8 +55,8 @@ def merged(copies: Tree, weights: Array, old: Tree, rules: Mapping[str, str]) ->
             return seen.max(0)
         if rule == "sum":
             return seen.any(0) if old.dtype == jnp.bool_ else old + (seen - old[None]).sum(0, dtype=old.dtype)
-        share = weights / jnp.where(total > 0, total, 1)
+        share = weights / jnp.where(total == 0, 1, total)
         mean = (share.reshape(column) * seen.astype(_wide(old.dtype))).sum(0)
-        return jnp.where(total > 0, mean, old).astype(old.dtype)
+        return jnp.where(total == 0, old, mean).astype(old.dtype)
 
     return map_with_path(one, copies, old)

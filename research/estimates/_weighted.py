@@ -11,7 +11,7 @@ from research.core.types import Array, Aux, Batch, Tree
 
 def counted(weight: Array | None, tree: Tree) -> Tree:
     """The tree where there is weight, zeros where there is none: what saw nothing may be 0/0."""
-    return tree if weight is None else jax.tree.map(lambda x: jnp.where(weight > 0, x, jnp.zeros_like(x)), tree)
+    return tree if weight is None else jax.tree.map(lambda x: jnp.where(weight == 0, jnp.zeros_like(x), x), tree)
 
 
 def weight_of(aux: Aux, who: str) -> Array:
@@ -33,7 +33,7 @@ def weighted(weight: Array, tree: Tree) -> Tree:
 
 def mean_of(sums: Tree, total: Array, like: Tree) -> Tree:
     """sums / total in the dtypes of `like`; zeros where the total is 0."""
-    return jax.tree.map(lambda s, x: (s / jnp.where(total > 0, total, 1)).astype(x.dtype), sums, like)
+    return jax.tree.map(lambda s, x: (s / jnp.where(total == 0, 1, total)).astype(x.dtype), sums, like)
 
 
 def microbatches(batch: Batch, specs: Tree, n: int, who: str) -> Batch:

@@ -34,7 +34,7 @@ def strong(tree: Tree) -> Tree:
 
     def one(x):
         x = jnp.asarray(x)
-        return jax.lax.convert_element_type(x, x.dtype) if x.weak_type else x
+        return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
     return jax.tree.map(one, tree)
 
@@ -48,7 +48,7 @@ def loss_metric(loss: Array, weight: Array | None) -> tuple[Array, Array]:
     """(loss * weight, weight), the weight 1 if it is None; (0, 0) where it is 0."""
     if weight is None:
         return loss, jnp.ones_like(loss)
-    return jnp.where(weight > 0, loss * weight, 0), weight
+    return jnp.where(weight == 0, 0, loss * weight), weight
 
 
 class Player(NamedTuple):
@@ -128,7 +128,7 @@ def group_metrics(groups: Mapping[str, list[int]], params: Tree, moved: Moved) -
     out = {}
     for name, chosen in groups.items():
         gradient, update, weight = (norm([leaves[i] for i in chosen]) for leaves in (grads, updates, weights))
-        counts = (weight > 0).astype(weight.dtype)
+        counts = (weight != 0).astype(weight.dtype)
         out[f"grad_norm/{name}"] = (gradient, jnp.ones_like(gradient))
-        out[f"update_ratio/{name}"] = (counts * update / jnp.where(weight > 0, weight, 1), counts)
+        out[f"update_ratio/{name}"] = (counts * update / jnp.where(weight == 0, 1, weight), counts)
     return out

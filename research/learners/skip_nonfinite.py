@@ -25,7 +25,7 @@ def skip_nonfinite(learner: Learner) -> Learner:
         new, metrics = learner.step(state, batch, key)
         moving = {k: v for k, v in state.items() if k not in OUTSIDE}
         moved = {k: new[k] for k in moving}
-        checks = [jnp.isfinite(metrics["loss"][0]).all()]
+        checks = [jnp.isfinite(x).all() for x in metrics["loss"]]
         for old, x in zip(jax.tree.leaves(moving), jax.tree.leaves(moved)):
             if jnp.issubdtype(x.dtype, jnp.inexact):
                 checks.append((jnp.isfinite(x) | ~jnp.isfinite(old)).all())

@@ -152,3 +152,17 @@ def test_estimates_compose_under_the_learner():
     plain, _ = trained(gradient(TASK, optax.sgd(0.1), sharpness_aware(0.05)), 3)
     split, _ = trained(gradient(TASK, optax.sgd(0.1), sharpness_aware(0.05, accumulated(4))), 3)
     close(plain, split)
+
+
+def test_nan_in_the_mask_is_not_taken_for_no_weight():
+    for estimate in (exact(), accumulated(4)):
+        learner = gradient(TASK, optax.sgd(0.1), estimate)
+        state, metrics = learner.step(learner.init(KEY), a_batch(mask=[jnp.nan] + [1] * 7), KEY)
+        assert np.isnan(metrics["loss"][1]) and np.isnan(state["params"]["linear"]["bias"])
+
+
+def test_an_optimizer_may_keep_a_random_key():
+    learner = gradient(TASK, optax.chain(optax.sgd(0.1), optax.add_noise(0.1, 0.5, jax.random.key(0))))
+    contracts.check_learner(learner)
+    a, b = (jax.jit(learner.step)(learner.init(KEY), a_batch(), KEY)[0] for _ in range(2))
+    same(a["params"], b["params"])

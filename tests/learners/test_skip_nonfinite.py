@@ -34,6 +34,12 @@ def test_training_goes_on_after_a_bad_batch():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state)) and state["opt"][0].count == 3
 
 
+def test_a_nan_in_the_mask_is_skipped():
+    state, metrics = skip_nonfinite(LEARNER).step(LEARNER.init(KEY), a_batch(mask=[jnp.nan] + [1] * 7), KEY)
+    same(state["params"], LEARNER.init(KEY)["params"])
+    assert metrics["skipped"] == (1, 1)
+
+
 def test_a_finite_loss_with_params_that_overflow_is_skipped():
     huge = skip_nonfinite(gradient(TASK, optax.sgd(1e39)))
     start = huge.init(KEY)
