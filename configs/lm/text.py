@@ -1,15 +1,16 @@
 """The language model of lm/stdlib.py on files of your own: text, jsonl or parquet, as bytes or through a tokenizer.
 
     gnomon train --config configs/lm/text.py --config.data.paths="['notes/**/*.md']"
-    gnomon train --config configs/lm/text.py --config.data.paths="['data/*.jsonl']" --config.data.field=text
+    gnomon train --config configs/lm/text.py --config.data.paths="['d/*.jsonl']" --config.data.field=text
     gnomon train --config configs/lm/text.py --config.data.paths="['book.txt']" --config.data.split=position \\
         --config.data.tokenizer=tokenizer.json
 
-Time: that of lm/stdlib.py. The score depends on the text; the table at the end compares with gzip, bz2 and xz on the same bytes.
+Time: that of lm/stdlib.py. The score depends on the text; a table at the end compares with gzip, bz2 and xz on the same bytes.
 """
 
-from configs.lm import stdlib
 from ml_collections import ConfigDict
+
+from configs.lm import stdlib
 
 ARGS = stdlib.ARGS
 

@@ -8,8 +8,9 @@ Settings were chosen on 5,000 of the 60,000 training images ("val"); "test" is m
 Expected: see docs/results.md. The data set's README has 0.916 for two convolutions with pooling, 0.925 below 100k parameters.
 """
 
-from configs.base import base
 from ml_collections import ConfigDict
+
+from configs.base import base
 
 ARGS = ("smoke", "vit", "vit_smoke")
 

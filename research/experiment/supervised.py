@@ -12,7 +12,7 @@ from research.core.types import Evaluation, Task
 from research.data import arrays, images, mnist1d
 from research.data.fashion_mnist import fashion_mnist
 from research.data.streams import Source, ordered_batches, subset, train_batches
-from research.evals import mean_of_loss
+from research.evals import absolute_error, bootstrap, correct, mean, nll, squared_error
 from research.experiment.parts import Parts
 from research.experiment.sections import called, only
 from research.models import MODELS
@@ -77,13 +77,18 @@ SPLITS: Mapping[str, Callable[..., Split]] = {
     "npz": _npz,
 }
 TASKS: Mapping[str, Callable[..., Task]] = {"classification": classification, "regression": regression}
+MEASURES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "classification": {"accuracy": correct(), "nll": nll},
+    "regression": {"mse": squared_error, "mae": absolute_error},
+}
 
 
 def supervised(config: Any) -> Parts:
     """The model of `config.model` on the inputs and targets of `config.data`.
 
     config.stream: {batch, validation}: examples a step; how many of the training examples are held out, a number, 0 for none.
-    config.evaluate: {every, batch}. "val" is measured every `every` steps and at the end, "test" once, at the end.
+    config.evaluate: {every, batch}. "val" is measured every `every` steps and at the end, "test" once, at the
+        end, with its 95% interval over examples (`evals.bootstrap`).
     """
     only(config.stream, ("batch", "validation"), "stream")
     only(config.evaluate, ("every", "batch"), "evaluate")
@@ -95,16 +100,20 @@ def supervised(config: Any) -> Parts:
         kept, out = arrays.split_rows(len(train), config.stream.validation, seed=0)
         train, held_out = subset(train, kept), subset(train, out)
 
-    def measured(source: Source, every: int) -> Evaluation:
-        return Evaluation(mean_of_loss(task), ordered_batches(source, config.evaluate.batch), every)
-
-    evaluations = {"val": measured(held_out, config.evaluate.every)} if held_out is not None else {}
+    predict, measures = task.methods["predict"].apply, MEASURES[config.task.name]
+    batch = config.evaluate.batch
+    validation = (
+        {}
+        if held_out is None
+        else {"val": Evaluation(mean(predict, measures), ordered_batches(held_out, batch), config.evaluate.every)}
+    )
+    test = Evaluation(bootstrap(predict, measures), ordered_batches(split.test, batch), 0)
     return Parts(
         task,
         train_batches(train, config.stream.batch, seed=config.seed, remainder="drop"),
-        {**evaluations, "test": measured(split.test, 0)},
+        {**validation, "test": test},
         {"examples": config.stream.batch},
-        show=("val/accuracy", "val/nll"),
+        show=[f"val/{name}" for name in measures],
     )
 
 

@@ -8,8 +8,9 @@ Published test accuracy: linear 0.32, MLP 0.68, CNN 0.94, GRU 0.91; shuffled CNN
 here, so there is no validation split. Time: see results.jsonl beside this file.
 """
 
-from configs.base import base
 from ml_collections import ConfigDict
+
+from configs.base import base
 
 MODELS = ("linear", "mlp", "cnn", "gru")
 ARGS = ("smoke", *MODELS, *(f"{model}_shuffled" for model in MODELS))
