@@ -86,6 +86,10 @@ def as_source(records: Any) -> Source:
 
     Raises ValueError where there are no records, where they have no end, or where they are not dicts.
     """
+    if isinstance(records, Mapping):
+        raise ValueError(
+            f"records are wanted, given a dict of {', '.join(map(repr, records))}; array_source makes records of arrays"
+        )
     if not len(records):
         raise ValueError(f"the source {type(records).__name__} holds no records")
     if len(records) == sys.maxsize:

@@ -172,6 +172,7 @@ CASES = {
     "unknown remainder": (lambda t: train(LIST, 2, "keep"), ["remainder: given 'keep'", "'drop' or 'pad'"]),
     "shard beyond": (lambda t: train(LIST, 2, shard=(2, 2)), ["shard: given index 2 of 2", "0 to 1"]),
     "shards unequal": (lambda t: train(LIST, 3, shard=(0, 2)), ["batch_size: given 3", "2 processes"]),
+    "arrays for records": (lambda t: train({"x": X}), ["a dict of 'x'", "array_source"]),
     "no records": (lambda t: train([]), ["holds no records"]),
     "records that are none": (lambda t: train([1, 2]), ["record 0 is a int"]),
     "records of unequal shape": (

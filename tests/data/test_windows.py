@@ -45,6 +45,9 @@ def test_every_token_is_scored_exactly_once_with_its_context(count, length, cont
                 assert len(before) > context or len(before) == token + 1
                 scored.append(token)
     assert scored == list(range(count))  # each byte once, in order
+    if count >= length:  # the last window is moved back, never short of context
+        last = batches[-1]["targets"][(len(scored_windows(held, length, context)) - 1) % batch_size]
+        assert last.tolist() == list(range(count - length, count))
 
 
 @settings(max_examples=100, deadline=None)
