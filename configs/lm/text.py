@@ -8,7 +8,7 @@
 Time: that of lm/stdlib.py. The score depends on the text; a table at the end compares with gzip, bz2 and xz on the same bytes.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs.lm import stdlib
 
@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "paths": ["README.md", "docs/**/*.md"],  # patterns; `**` goes through folders
         "tokenizer": "bytes",  # or the path of a Hugging Face tokenizers JSON file
         "split": "position",  # "document": whole documents, by hash; "position": the last 10% of all bytes are held out
-        "field": "",  # what holds the text of a jsonl object or a parquet row
+        "field": config_dict.placeholder(str),  # what holds the text of a jsonl object or a parquet row
         "separator": "",  # put after every document
     }
     return config

@@ -49,7 +49,10 @@ def _npz_images(*, train: str, test: str, image_name: str, label_name: str) -> S
 
 
 def _folders(*, train: str, test: str, channels: int) -> Split:
-    return _images(*(images.images_from_folders(path, channels) for path in (train, test)))
+    parts = [images.images_from_folders(path, channels) for path in (train, test)]
+    if parts[0].classes != parts[1].classes:
+        raise ValueError(f"classes of {train!r} are {parts[0].classes}, of {test!r} {parts[1].classes}; they must be the same")
+    return _images(*parts)
 
 
 def _mnist1d(*, shuffled: bool, seed: int) -> Split:
