@@ -10,7 +10,7 @@ import pytest
 
 from research.estimates import accumulated
 from research.learners import after_step, average, gradient, population
-from tests.learners.toys import KEY, TASK, a_batch, close, same, trained
+from tests.learners.toys import KEY, TASK, a_batch, close, same, started, stepped, trained
 
 LEARNER = gradient(TASK, optax.sgd(0.1))
 
@@ -20,8 +20,8 @@ def halved(variables, metrics):
 
 
 def test_it_sees_the_variables_after_the_update_and_the_state_after_the_loss():
-    plain, _ = LEARNER.step(LEARNER.init(KEY), a_batch(), KEY)
-    changed, _ = after_step(LEARNER, halved).step(LEARNER.init(KEY), a_batch(), KEY)
+    plain, _ = stepped(LEARNER, started(LEARNER), a_batch())
+    changed, _ = stepped(after_step(LEARNER, halved), started(LEARNER), a_batch())
     same(changed["params"], jax.tree.map(lambda p: p / 2, plain["params"]))
     same({**changed, "params": 0}, {**plain, "params": 0})
 
@@ -31,7 +31,7 @@ def test_it_sees_the_sums_of_all_microbatches():
         return {**variables, "state": {**variables["state"], "largest": metrics["squared_error"][1]}}
 
     learner = after_step(gradient(TASK, optax.sgd(0.1), accumulated(4)), counting)
-    state, _ = jax.jit(learner.step)(learner.init(KEY), a_batch(mask=[1, 1, 1, 1, 1, 1, 0, 0]), KEY)
+    state, _ = jax.jit(learner.step)(started(learner), a_batch(mask=[1, 1, 1, 1, 1, 1, 0, 0]), KEY)
     assert state["state"]["largest"] == 6
 
 
@@ -63,7 +63,7 @@ def test_inside_and_outside_a_population_a_memberwise_function_is_the_same():
 def test_a_function_that_breaks_the_variables_is_refused(fn, said):
     learner = after_step(LEARNER, fn)
     with pytest.raises(ValueError) as error:
-        learner.step(learner.init(KEY), a_batch(), KEY)
+        stepped(learner, started(learner), a_batch())
     assert str(error.value).startswith(said)
 
 
@@ -76,6 +76,6 @@ def test_the_example_keeps_weights_in_bounds():
     from research.learners.after_step import example
 
     learner = example().member
-    start = learner.init(KEY)
-    state, _ = learner.step({**start, "params": jax.tree.map(lambda p: p + 5, start["params"])}, a_batch(), KEY)
+    start = started(learner)
+    state, _ = stepped(learner, {**start, "params": jax.tree.map(lambda p: p + 5, start["params"])}, a_batch())
     assert max(np.abs(x).max() for x in jax.tree.leaves(state["params"])) <= 1

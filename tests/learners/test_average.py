@@ -10,7 +10,7 @@ import pytest
 
 from research.core import contracts
 from research.learners import average, forward, gradient, population
-from tests.learners.toys import KEY, TASK, a_batch, close, same, trained
+from tests.learners.toys import KEY, TASK, a_batch, close, same, started, trained
 
 LEARNER = gradient(TASK, optax.sgd(0.1))
 
@@ -18,7 +18,7 @@ LEARNER = gradient(TASK, optax.sgd(0.1))
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.99999])
 def test_variables_are_the_weighted_mean_of_the_params_so_far(decay):
     learner, kernels = average(LEARNER, decay), []
-    state = learner.init(KEY)
+    state = started(learner)
     step = jax.jit(learner.step)
     for i in range(4):
         state, _ = step(state, a_batch(i), KEY)
@@ -40,8 +40,8 @@ def test_training_is_not_changed_and_state_is_the_last():
 
 def test_before_the_first_step_they_are_the_params():
     learner = average(LEARNER, 0.9)
-    same(learner.variables(learner.init(KEY)), LEARNER.variables(LEARNER.init(KEY)))
-    given = jax.tree.map(lambda x: x + 1, LEARNER.variables(LEARNER.init(KEY)))
+    same(learner.variables(started(learner)), LEARNER.variables(started(LEARNER)))
+    given = jax.tree.map(lambda x: x + 1, LEARNER.variables(started(LEARNER)))
     same(learner.variables(learner.init(KEY, given)), given)
 
 
@@ -51,7 +51,7 @@ def test_bfloat16_params_are_averaged_in_float32():
     )
     learner = average(gradient(task, optax.sgd(0.1)), 0.9)
     contracts.check_learner(learner)
-    state = learner.init(KEY)
+    state = started(learner)
     assert state["average"]["params"]["linear"]["kernel"].dtype == jnp.float32
     assert learner.variables(state)["params"]["linear"]["kernel"].dtype == jnp.bfloat16
 

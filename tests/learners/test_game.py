@@ -12,7 +12,7 @@ from research.core.types import Aux, Method, Spec, Task
 from research.estimates import accumulated, exact, sharpness_aware
 from research.learners import game
 from research.learners.game import _shifting
-from tests.learners.toys import KEY, close, same, trained
+from tests.learners.toys import KEY, close, same, started, stepped, trained
 
 RATE = 0.25
 
@@ -33,7 +33,7 @@ def bilinear(sign, batch=None):
 def played(updates, order=("min", "max")):
     signs = {"min": 1.0, "max": -1.0}
     learner = game({name: (bilinear(signs[name]), optax.sgd(RATE), exact()) for name in order}, updates)
-    state, metrics = learner.step(learner.init(KEY), {}, KEY)
+    state, metrics = stepped(learner, started(learner), {})
     return float(state["params"]["min"]["x"]), float(state["params"]["max"]["y"]), metrics
 
 
@@ -92,13 +92,13 @@ def test_merge_rules_reach_the_player_that_owns_the_path():
     rules = {"discriminator/real": "max"}
     learner = game({name: (task._replace(merge=rules), optax.sgd(0.1), accumulated(8)) for name, task in tasks.items()})
     batch = noise_batch()
-    state, _ = learner.step(learner.init(KEY), batch, KEY)
+    state, _ = stepped(learner, started(learner), batch)
     close(state["state"]["discriminator"]["real"], 0.1 * batch["data"].max())
 
 
 def test_variables_are_everyones_and_can_be_given():
     learner = shifting()
-    given = jax.tree.map(lambda x: x + 1, learner.variables(learner.init(KEY)))
+    given = jax.tree.map(lambda x: x + 1, learner.variables(started(learner)))
     same(learner.variables(learner.init(KEY, given)), given)
     assert set(learner.methods) == {"generate"}
     assert learner.methods["generate"].apply(given, {"noise": jnp.zeros(8)}, KEY).tolist() == [2.0] * 8

@@ -12,13 +12,13 @@ from research.core import contracts
 from research.core.types import Aux, Estimate, Spec, Task
 from research.estimates import accumulated, exact, sharpness_aware
 from research.learners import gradient
-from tests.learners.toys import KEY, TASK, a_batch, close, same, trained
+from tests.learners.toys import KEY, TASK, a_batch, close, same, started, stepped, trained
 
 
 def test_steps_are_those_of_optax_by_hand():
     tx, learner = optax.adam(0.05), gradient(TASK, optax.adam(0.05))
     state, _ = trained(learner, 3)
-    variables = learner.variables(learner.init(KEY))
+    variables = learner.variables(started(learner))
     opt = tx.init(variables["params"])
     for i in range(3):
         (_, aux), g = jax.value_and_grad(
@@ -38,7 +38,7 @@ def test_it_learns():
 
 def test_the_loss_is_weighted_by_what_it_is_a_mean_over():
     batch = a_batch(mask=[1, 0, 1, 1, 0.5, 0, 0, 0])
-    _, metrics = gradient(TASK, optax.sgd(0.1)).step(gradient(TASK, optax.sgd(0.1)).init(KEY), batch, KEY)
+    _, metrics = stepped(gradient(TASK, optax.sgd(0.1)), started(gradient(TASK, optax.sgd(0.1))), batch)
     close(metrics["loss"], metrics["squared_error"])
     assert metrics["loss"][1] == 3.5
 
@@ -46,23 +46,23 @@ def test_the_loss_is_weighted_by_what_it_is_a_mean_over():
 def test_a_loss_that_is_no_weighted_mean_weighs_one():
     task = TASK._replace(loss=lambda v, b, k: (lambda value, aux: (value, aux._replace(weight=None)))(*TASK.loss(v, b, k)))
     learner = gradient(task, optax.sgd(0.1))
-    _, metrics = learner.step(learner.init(KEY), a_batch(), KEY)
-    assert metrics["loss"][1] == 1 and metrics["loss"][0] == TASK.loss(learner.variables(learner.init(KEY)), a_batch(), KEY)[0]
+    _, metrics = stepped(learner, started(learner), a_batch())
+    assert metrics["loss"][1] == 1 and metrics["loss"][0] == TASK.loss(learner.variables(started(learner)), a_batch(), KEY)[0]
 
 
 def test_a_batch_that_counts_nothing_moves_no_param():
     learner = gradient(TASK, optax.sgd(0.1))
-    start = learner.init(KEY)
-    state, metrics = learner.step(start, a_batch(mask=[0] * 8), KEY)
+    start = started(learner)
+    state, metrics = stepped(learner, start, a_batch(mask=[0] * 8))
     same(state["params"], start["params"])
     assert metrics["loss"] == (0, 0) and metrics["grad_norm"] == (0, 1)
 
 
 def test_watched_groups_tell_gradient_norm_and_update_over_weight():
     learner = gradient(TASK, optax.sgd(0.1), watch={"all": "", "kernel": "/kernel$", "bias": "bias"})
-    start = learner.init(KEY)
+    start = started(learner)
     g = jax.grad(lambda p: TASK.loss({**start, "params": p}, a_batch(), KEY)[0])(start["params"])["linear"]
-    _, metrics = learner.step(start, a_batch(), KEY)
+    _, metrics = stepped(learner, start, a_batch())
     kernel = np.linalg.norm(g["kernel"])
     close(metrics["grad_norm/kernel"], (kernel, 1.0))
     close(metrics["grad_norm/all"], metrics["grad_norm"])
@@ -92,7 +92,7 @@ def test_a_broken_task_is_refused_where_the_learner_is_made():
 
 def test_it_starts_from_given_variables_and_refuses_others_by_path():
     learner = gradient(TASK, optax.sgd(0.1))
-    given = jax.tree.map(lambda x: x + 1, learner.variables(learner.init(KEY)))
+    given = jax.tree.map(lambda x: x + 1, learner.variables(started(learner)))
     same(learner.variables(learner.init(jax.random.key(1), given)), given)
     with pytest.raises(ValueError) as error:
         learner.init(KEY, {**given, "params": {"linear": {"kernel": jnp.zeros(4), "bias": jnp.zeros(())}}})
@@ -113,7 +113,7 @@ def test_state_has_no_weak_types_so_that_the_second_step_does_not_compile_again(
         TASK, optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(0.1, 0.0, 10)), accumulated(2)
     )
     step = jax.jit(learner.step)
-    state = learner.init(KEY)
+    state = started(learner)
     for i in range(3):
         state, _ = step(state, a_batch(i), KEY)
     assert step._cache_size() == 1
@@ -129,7 +129,7 @@ def test_bfloat16_params_stay_so_and_norms_are_float32():
     task = Task(lambda key: {"params": {"w": jnp.ones(3, jnp.bfloat16)}, "state": {}, "frozen": {}}, loss, {}, spec)
     learner = gradient(task, optax.sgd(0.1), watch={"w": "w"})
     contracts.check_learner(learner)
-    state, metrics = learner.step(learner.init(KEY), {"x": jnp.ones((4, 3), jnp.bfloat16)}, KEY)
+    state, metrics = stepped(learner, started(learner), {"x": jnp.ones((4, 3), jnp.bfloat16)})
     assert state["params"]["w"].dtype == jnp.bfloat16 and metrics["grad_norm"][0].dtype == jnp.float32
     assert metrics["grad_norm"][0] == np.float32(6 * np.sqrt(3))
 
@@ -157,12 +157,12 @@ def test_estimates_compose_under_the_learner():
 def test_nan_in_the_mask_is_not_taken_for_no_weight():
     for estimate in (exact(), accumulated(4)):
         learner = gradient(TASK, optax.sgd(0.1), estimate)
-        state, metrics = learner.step(learner.init(KEY), a_batch(mask=[jnp.nan] + [1] * 7), KEY)
+        state, metrics = stepped(learner, started(learner), a_batch(mask=[jnp.nan] + [1] * 7))
         assert np.isnan(metrics["loss"][1]) and np.isnan(state["params"]["linear"]["bias"])
 
 
 def test_an_optimizer_may_keep_a_random_key():
     learner = gradient(TASK, optax.chain(optax.sgd(0.1), optax.add_noise(0.1, 0.5, jax.random.key(0))))
     contracts.check_learner(learner)
-    a, b = (jax.jit(learner.step)(learner.init(KEY), a_batch(), KEY)[0] for _ in range(2))
+    a, b = (jax.jit(learner.step)(started(learner), a_batch(), KEY)[0] for _ in range(2))
     same(a["params"], b["params"])

@@ -11,7 +11,7 @@ import pytest
 from research.core import contracts
 from research.core.types import Evaluator
 from research.learners import gradient, members, population
-from tests.learners.toys import KEY, TASK, a_batch, close, same
+from tests.learners.toys import KEY, TASK, a_batch, close, same, started
 
 LEARNER = gradient(TASK, optax.sgd(0.1))
 
@@ -41,7 +41,7 @@ def measured(evaluator, variables):
 
 def test_an_evaluator_over_members_gives_an_array_of_what_each_would_give():
     many = population(LEARNER, 3)
-    variables, lifted = many.variables(many.init(KEY)), members(ONE, 3)
+    variables, lifted = many.variables(started(many)), members(ONE, 3)
     contracts.check_evaluator(lifted, variables, a_batch())
     found = measured(lifted, variables)
     each = [measured(ONE, of_member(variables, i)) for i in range(3)]
@@ -52,7 +52,7 @@ def test_an_evaluator_over_members_gives_an_array_of_what_each_would_give():
 
 def test_an_evaluator_over_members_with_a_frozen_of_their_own():
     many = population(LEARNER, 2, frozen="own")
-    variables = many.variables(many.init(KEY))
+    variables = many.variables(started(many))
     variables = {**variables, "frozen": {"scale": jnp.array([[1.0, 1, 1], [2, 2, 2]])}}
     found = measured(members(ONE, 2, frozen="own"), variables)
     assert found["mse"][1] == pytest.approx(measured(ONE, jax.tree.map(lambda x: x[1], variables))["mse"], rel=1e-5)
@@ -66,7 +66,7 @@ def grown(variables, key):
 
 def test_an_enter_over_members_has_a_key_for_each_and_may_leave_each_a_frozen():
     many = population(LEARNER, 2)
-    variables = many.variables(many.init(KEY))
+    variables = many.variables(started(many))
     out = members(grown, 2, leaves="own")(variables, KEY)
     for i in range(2):
         close(jax.tree.map(lambda x, i=i: x[i], out), grown(of_member(variables, i), jax.random.fold_in(KEY, i)))
@@ -75,7 +75,7 @@ def test_an_enter_over_members_has_a_key_for_each_and_may_leave_each_a_frozen():
 
 def test_an_enter_that_leaves_frozen_as_it_is_keeps_it_shared():
     many = population(LEARNER, 2)
-    variables = many.variables(many.init(KEY))
+    variables = many.variables(started(many))
     out = members(lambda v, key: {**v, "params": jax.tree.map(lambda p: p * 2, v["params"])}, 2)(variables, KEY)
     same(out["frozen"], variables["frozen"])
     same(many.variables(many.init(KEY, out)), out)

@@ -11,7 +11,7 @@ import pytest
 from research.core import contracts
 from research.estimates import accumulated, sharpness_aware
 from research.learners import average, gradient, population
-from tests.learners.toys import KEY, TASK, a_batch, close, same, trained
+from tests.learners.toys import KEY, TASK, a_batch, close, same, started, stepped, trained
 
 TX = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
 LEARNER = gradient(TASK, TX, sharpness_aware(0.05, accumulated(2)))
@@ -62,14 +62,14 @@ def test_vmap_and_map_give_the_same():
 
 
 def test_a_member_does_not_depend_on_how_many_there_are():
-    small, large = (population(LEARNER, n).init(KEY) for n in (2, 5))
+    small, large = (started(population(LEARNER, n)) for n in (2, 5))
     same(member(small, 1), member(large, 1))
     assert not np.array_equal(large["params"]["linear"]["kernel"][0], large["params"]["linear"]["kernel"][1])
 
 
 def test_methods_take_stacked_variables_and_one_set_of_inputs():
     many = population(LEARNER, 3)
-    variables = many.variables(many.init(KEY))
+    variables = many.variables(started(many))
     out = many.methods["predict"].apply(variables, a_batch(), KEY)
     assert out.shape == (3, 8)
     close(
@@ -84,13 +84,13 @@ def test_methods_take_stacked_variables_and_one_set_of_inputs():
 
 def test_variables_are_given_stacked_and_a_shared_frozen_is_not():
     many = population(LEARNER, 2)
-    given = jax.tree.map(lambda x: x + 1, many.variables(many.init(KEY)))
+    given = jax.tree.map(lambda x: x + 1, many.variables(started(many)))
     same(many.variables(many.init(jax.random.key(5), given)), given)
     stacked = {**given, "frozen": jax.tree.map(lambda x: jnp.stack([x, x]), given["frozen"])}
     with pytest.raises(ValueError) as error:
         many.init(KEY, stacked)
     assert str(error.value) == "population: variables: frozen/scale: expected float32[3], got float32[2,3]"
-    single = LEARNER.variables(LEARNER.init(KEY))
+    single = LEARNER.variables(started(LEARNER))
     with pytest.raises(ValueError, match=r"population: variables: params/linear/bias: expected float32\[2\], got float32\[\]"):
         many.init(KEY, single)
 
@@ -99,13 +99,13 @@ def test_members_may_have_a_frozen_of_their_own():
     many = population(LEARNER, 2, frozen="own")
     contracts.check_learner(many)
     assert many.axes["frozen"] == {"scale": jax.P("population", "embed")}
-    given = many.variables(many.init(KEY))
+    given = many.variables(started(many))
     given = {**given, "frozen": {"scale": jnp.array([[1.0, 1, 1], [2, 2, 2]])}}
     state = many.init(KEY, given)
-    new, _ = many.step(state, a_batch(), KEY)
+    new, _ = stepped(many, state, a_batch())
     same(new["frozen"], given["frozen"])
-    own = {**LEARNER.init(KEY), **jax.tree.map(lambda x: x[1], given)}
-    close(new["params"]["linear"]["kernel"][1], LEARNER.step(own, a_batch(), KEY)[0]["params"]["linear"]["kernel"])
+    own = {**started(LEARNER), **jax.tree.map(lambda x: x[1], given)}
+    close(new["params"]["linear"]["kernel"][1], stepped(LEARNER, own, a_batch())[0]["params"]["linear"]["kernel"])
 
 
 def test_axes_start_with_population_but_for_what_is_shared():
@@ -199,9 +199,9 @@ def test_laid_over_a_mesh_axis_each_device_computes_its_own_members_alone():
         states = jax.tree.map(sharding, many.axes)
         with jax.set_mesh(mesh):
             batch = jax.device_put(a_batch(), jax.tree.map(lambda s: sharding(s.axes), many.batch))
-            state = jax.device_put(many.init(KEY), states)
+            state = jax.device_put(started(many), states)
             step = jax.jit(many.step, out_shardings=(states, None)).lower(state, batch, KEY).compile()
             flops[axis], results[axis] = step.cost_analysis()["flops"], step(state, batch, KEY)[0]
     plain = population(gradient(TASK, optax.sgd(0.1), accumulated(2)), 2)
-    close(results["population"]["params"], plain.step(plain.init(KEY), a_batch(), KEY)[0]["params"])
+    close(results["population"]["params"], stepped(plain, started(plain), a_batch())[0]["params"])
     assert flops["population"] <= flops[None]

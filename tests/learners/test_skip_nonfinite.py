@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from research.learners import average, gradient, population, skip_nonfinite
-from tests.learners.toys import KEY, TASK, a_batch, bad_batch, close, same, trained
+from tests.learners.toys import KEY, TASK, a_batch, bad_batch, close, same, started, stepped, trained
 
 LEARNER = gradient(TASK, optax.adam(0.1))
 
@@ -35,15 +35,15 @@ def test_training_goes_on_after_a_bad_batch():
 
 
 def test_a_nan_in_the_mask_is_skipped():
-    state, metrics = skip_nonfinite(LEARNER).step(LEARNER.init(KEY), a_batch(mask=[jnp.nan] + [1] * 7), KEY)
-    same(state["params"], LEARNER.init(KEY)["params"])
+    state, metrics = stepped(skip_nonfinite(LEARNER), started(LEARNER), a_batch(mask=[jnp.nan] + [1] * 7))
+    same(state["params"], started(LEARNER)["params"])
     assert metrics["skipped"] == (1, 1)
 
 
 def test_a_finite_loss_with_params_that_overflow_is_skipped():
-    huge = skip_nonfinite(gradient(TASK, optax.sgd(1e39)))
-    start = huge.init(KEY)
-    state, metrics = huge.step(start, a_batch(), KEY)
+    huge = skip_nonfinite(gradient(TASK, optax.sgd(3e38)))
+    start = started(huge)
+    state, metrics = stepped(huge, start, a_batch())
     same(state["params"], start["params"])
     assert metrics["skipped"] == (1, 1)
 
@@ -52,10 +52,10 @@ def test_a_number_that_was_infinite_before_is_no_reason():
     """optax's reduce_on_plateau begins with the best value at infinity."""
     tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     learner = skip_nonfinite(gradient(TASK, tx))
-    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(learner.init(KEY)))
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(started(learner)))
     state, seen = trained(learner, 2)
     assert [float(m["skipped"][0]) for m in seen] == [0, 0]
-    assert not np.array_equal(state["params"]["linear"]["kernel"], learner.init(KEY)["params"]["linear"]["kernel"])
+    assert not np.array_equal(state["params"]["linear"]["kernel"], started(learner)["params"]["linear"]["kernel"])
 
 
 def test_inside_a_population_one_member_stops_alone():
@@ -70,7 +70,7 @@ def test_inside_a_population_one_member_stops_alone():
         jax.tree.map(lambda x: x[jnp.array([0, 2])], state["params"]),
         jax.tree.map(lambda x: x[jnp.array([0, 2])], free["params"]),
     )
-    same(jax.tree.map(lambda x: x[1], state["params"]), jax.tree.map(lambda x: x[1], guarded.init(KEY)["params"]))
+    same(jax.tree.map(lambda x: x[1], state["params"]), jax.tree.map(lambda x: x[1], started(guarded)["params"]))
 
 
 def test_it_wraps_an_average():

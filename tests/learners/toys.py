@@ -38,3 +38,13 @@ def close(a, b, rtol=1e-5, atol=1e-6):
 
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def started(learner, key=KEY, *variables):
+    """A first State, compiled: op by op a population's init takes seconds."""
+    return jax.jit(learner.init)(key, *variables)
+
+
+def stepped(learner, state, batch, key=KEY):
+    """One compiled step."""
+    return jax.jit(learner.step)(state, batch, key)
