@@ -158,7 +158,7 @@ ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you
              Got        1
 """
 UNREACHABLE = """
-WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<pip._vendor.HTTPSConnection object at 0x7f>: \
+WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<pip._vendor.HTTPSConnection at 0x7f>: \
 Failed to establish a new connection: [Errno -2] Name or service not known')': /simple/jax/
 ERROR: Could not find a version that satisfies the requirement jax==0.10.2 (from versions: none)
 ERROR: No matching distribution found for jax==0.10.2
