@@ -314,9 +314,10 @@ def load_run(
     owner = learner(saved.stage) if saved is not None and learner is not None else None
     abstract = None if owner is None else jax.eval_shape(owner.init, jax.random.key(0))
     state = None if saved is None else checkpoints.load(saved, abstract)
+    variables: Variables | None = None
     if owner is not None and state is not None:
         variables = owner.variables(state)
-    else:
-        variables = {group: state[group] for group in GROUPS} if state is not None and {*GROUPS} <= {*state} else None
+    elif state is not None and {*GROUPS} <= {*state}:
+        variables = {group: state[group] for group in GROUPS}
     summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else None
     return Run(_read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)

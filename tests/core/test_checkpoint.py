@@ -328,7 +328,7 @@ def test_nan_is_never_best_even_alone(tmp_path):
 
 def test_the_mean_over_members_decides_in_a_population(tmp_path):
     checkpoints = Checkpoints(tmp_path, best="val/x", keep_latest=1)
-    for step, values in enumerate(([1.0, 9.0], [4.0, 4.0], [5.0, 5.0]), 1):
+    for step, values in enumerate(([1.0, 9.0], [4.0, 4.0], [5.0, 5.0], [0.0, float("nan")], [1.0, float("-inf")]), 1):
         checkpoints.save(small_state(step), metrics={"val/x": np.asarray(values)})
     assert checkpoints.best().step == 2
 
@@ -358,6 +358,9 @@ def test_a_run_that_went_back_is_not_overtaken_by_its_abandoned_future(tmp_path)
     found = checkpoints.latest()
     assert found.step == 20 and kept(tmp_path) == {"0-20", "0-30"}
     assert float(checkpoints.load(found)["params"]["w"][0, 0]) == 140.0
+    once = Checkpoints(tmp_path, keep_latest=1)
+    once.save(small_state(15))
+    assert once.latest().step == 15 and kept(tmp_path) == {"0-15"}
 
 
 def test_frozen_is_stored_once_a_content_and_dropped_with_its_last_user(tmp_path):

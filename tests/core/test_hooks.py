@@ -203,9 +203,20 @@ def test_early_stopping_stops_at_the_same_step_after_a_restart(tmp_path, cut):
         for step, value in enumerate(values[: min(cut + 2, 7)], 1):  # two evaluations further than the checkpoint
             h.evaluated(step, "val", {"x": value})
     record, hook = JsonLines(path), EarlyStopping("val/x", patience=3, history=path)
+    hook.start(cut, 100, None)  # in whatever order the hooks come
     record.start(cut, 100, None)
-    hook.start(cut, 100, None)
     assert evaluate(hook, values[cut:], start=cut) == 8
+
+
+def test_early_stopping_begins_anew_with_each_stage(tmp_path):
+    path = tmp_path / "m.jsonl"
+    record = JsonLines(path)
+    record.start(0, 100, None)
+    for step in (1, 2, 3):
+        record.evaluated(step, "val", {"x": 0.0})
+    hook = EarlyStopping("val/x", patience=2, history=path)
+    hook.start(5, 100, None, stage=1)
+    assert evaluate(hook, [5.0, 6.0, 7.0]) == 3
 
 
 def test_a_metric_that_is_not_measured_is_named_with_the_nearest():

@@ -57,8 +57,21 @@ def test_plain_lines_say_step_metrics_speed_mfu_and_time_left(clock):
     lines = out.getvalue().splitlines()
     assert lines[0] == "step   10/1000  loss 0.1  bits/byte 3  41k tokens/s  MFU 20.0%  1:39 left"
     assert "val/bits_per_byte 2.5" in lines[-1] and lines[-1].endswith("3:20 in all")
-    assert "41k tokens/s" in lines[-1]  # evaluations slow down the whole, not the training speed
     assert len(lines) <= 1 + 200 / 5
+
+
+def test_an_evaluation_or_a_save_does_not_count_as_slow_training(clock):
+    hook = Progress(out=io.StringIO())
+    hook.start(0, 100, None)
+    for step, pause in ((10, hook.saved), (20, lambda step: hook.evaluated(step, "val", {"x": 1.0})), (30, None)):
+        for s in range(step - 9, step + 1):
+            clock.now += 0.5
+            hook.step(s)
+        hook.log(step, {"loss": 1.0})
+        assert "2 steps/s" in hook.fields(clock.now)
+        clock.now += 100
+        if pause:
+            pause(step)
 
 
 def test_lines_come_no_oftener_than_every_few_seconds_and_the_last_always(clock):
