@@ -41,7 +41,7 @@ COMMON = (
     "seed", "task", "model", "data", "stream", "transforms", "estimate", "optimizer", "learner", "train", "evaluate",
     "checkpoint", "early_stopping", "warm_start", "mesh", "rules",
 )  # fmt: skip
-OWN = {"language_model": ("sample",), "classification": (), "regression": ()}
+OWN = {"language_model": ("sample", "closing"), "classification": (), "regression": ()}
 
 
 def build(config: Any, name: str | None = None) -> Experiment:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.core.names import choose
 from research.core.types import Evaluation, Key, Task, Variables
 from research.data import stdlib
 from research.data.compress import compressed_bits_per_byte
@@ -38,7 +39,7 @@ def language(config: Any) -> Parts:
     config.evaluate: {every, batch, length, context, windows}. "val" and "test" score every token of their split once, after the
         last step, in windows of `length` with at least `context` tokens before a scored one (but at the beginning). "val_part"
         does so for `windows` windows of the validation split, evenly apart, every `every` steps.
-    config.sample: {prompt, tokens, temperature, top_k}.
+    config.sample: {prompt, tokens, temperature, top_k}. config.closing: what to show at the end, of "compressors" and "sample".
     """
     only(config.stream, ("batch", "length"), "stream")
     only(config.evaluate, ("every", "batch", "length", "context", "windows"), "evaluate")
@@ -61,12 +62,16 @@ def language(config: Any) -> Parts:
     if config.evaluate.every:
         evaluations = {"val_part": measured(validation, config.evaluate.every, config.evaluate.windows), **evaluations}
     sample = partial(sampled, task, train, config.sample)
+    closings = {
+        "compressors": partial(compared, test, [train, validation]),
+        "sample": lambda variables, results, key: [Text("A sample", sample(variables, key, 1)[0])],
+    }
     return Parts(
         task,
         train_batches(windows, batch, seed=config.seed, remainder="drop"),
         evaluations,
         {"tokens": batch * length},
-        (partial(compared, test, [train, validation]), lambda v, results, key: [Text("A sample", sample(v, key, 1)[0])]),
+        [choose(closings, name, "closing") for name in config.closing],
         sample,
         ("val_part/bits_per_byte", "val/bits_per_byte"),
         {"bits/byte": lambda metrics: metrics["nll"] / (math.log(2) * train.bytes_per_token)},
