@@ -9,7 +9,7 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "transforms": {"wrap": []},  # Task -> Task, innermost first, such as ["augment"]
-            "estimate": {"wrap": []},  # around the exact gradient, such as ["accumulated"] with accumulated={"n": 4}
+            "estimate": {"name": "exact", "wrap": []},  # such as wrap=["accumulated"] with accumulated={"n": 4}
             "learner": {"wrap": [], "watch": {}},  # around the gradient learner; watch={"group": "regular expression"}
             "train": {"steps": 0, "steps_per_call": 1, "log_every": 50, "replay": True},
             "checkpoint": {"every": 0, "keep_latest": 2, "keep_best": 0, "best": "", "mode": "min"},

@@ -11,24 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from research.core import loop
-from research.core.config import find, load_module
+from research.core.config import find, flat, load_config, load_module
 from research.core.hooks import EarlyStopping
 from research.core.loop import Outcome
 from research.core.mesh import make_layout
 from research.core.names import choose
-from research.core.types import Key, Stage
+from research.core.types import Key, Stage, Task, Variables
 from research.core.warm_start import warm_start
 from research.core.workdir import load_run
 from research.experiment.language import language
 from research.experiment.parts import Experiment, Parts, Table, Text
 from research.experiment.sections import arguments, only
 from research.experiment.supervised import supervised
-from research.experiment.wrapping import learner_of, lifted, members_of
+from research.experiment.wrapping import learner_of, lifted, members_of, task_of
+from research.learners import members
+from research.transforms import teach
 
 __all__ = ["Experiment", "Parts", "Table", "Text", "build", "run"]
 
@@ -62,8 +64,13 @@ def assembled(config: Any) -> Experiment:
     only(config.train, ("steps", "steps_per_call", "log_every", "replay"), "train")
     layout = make_layout(arguments(config.mesh), arguments(config.rules))
     parts = make(config)
-    learner, n = learner_of(config, parts.task), members_of(config)
-    stage = Stage(learner, parts.train, config.train.steps, _warm(config.warm_start, parts))
+    teacher = _teacher(config.transforms)
+    task = task_of(config, parts.task, teacher.task if teacher else None)
+    learner, n = learner_of(config, task), members_of(config)
+    enter = _warm(config.warm_start, parts.task)
+    if teacher:
+        enter = _taught(teach(task, teacher.variables), enter)
+    stage = Stage(learner, parts.train, config.train.steps, members(enter, n) if n and enter else enter)
     early = arguments(config.early_stopping)
     history = [partial(EarlyStopping, **early)] if early["patience"] else []
     return Experiment(
@@ -84,13 +91,35 @@ def assembled(config: Any) -> Experiment:
     )
 
 
-def _warm(section: Any, parts: Parts) -> Callable[..., Any] | None:
+class Teacher(NamedTuple):
+    task: Task
+    variables: Variables
+
+
+def _teacher(section: Any) -> Teacher | None:
+    """The task and the trained variables that `transforms.distill` names by config and workdir, if it is listed."""
+    if "distill" not in section.wrap:
+        return None
+    given = section.distill
+    run = load_run(given.workdir)
+    if run.variables is None:
+        raise ValueError(f"transforms.distill.workdir={given.workdir}: no trained variables there")
+    config = load_config(given.config, dict(flat(run.config)))
+    return Teacher(choose(KINDS, config.task.name, "task.name")(config).task, run.variables)
+
+
+def _taught(teaching: Callable[..., Any], warm: Callable[..., Any] | None) -> Callable[..., Any]:
+    """An `enter` that starts as `warm` does, if there is one, and puts the teacher in place."""
+    return lambda variables, key: teaching(warm(variables, key) if warm else variables, key)
+
+
+def _warm(section: Any, task: Task) -> Callable[..., Any] | None:
     """An `enter` that starts from the variables of `warm_start.workdir`, if one is named."""
     only(section, ("workdir", "rename"), "warm_start")
     if not section.workdir:
         return None
     rename = [tuple(pair.split("->", 1)) for pair in section.rename]
-    return warm_start(parts.task.init, lambda: load_run(section.workdir).variables, print, rename=rename)
+    return warm_start(task.init, lambda: load_run(section.workdir).variables, print, rename=rename)
 
 
 def run(experiment: Experiment, *, key: Key | None = None, **options: Any) -> Outcome:

@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 def _images(train: images.Images, test: images.Images) -> Split:
     mean, std = images.channel_statistics(train.x)
-    sources = (images.image_source(part, mean=mean, std=std) for part in (train, test))
+    sources = (images.image_source(part.x, part.y, mean=mean, std=std) for part in (train, test))
     return Split(*sources, train.x.shape[1:], int(max(train.y.max(), test.y.max())) + 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from research import estimates, learners, optim, transforms
 from research.core.types import Estimate, Evaluation, Learner, Task
-from research.experiment.sections import arguments, wrapped
+from research.experiment.sections import arguments, called, wrapped
 from research.transforms import augmentations
 
 
@@ -16,6 +16,11 @@ def _augment(task: Task, *, crop: int, flip: bool) -> Task:
 
 
 TRANSFORMS: Mapping[str, Callable[..., Task]] = {"augment": _augment}
+# An estimate to begin with, and what may wrap it.
+BASES: Mapping[str, Callable[..., Estimate]] = {
+    "exact": estimates.exact,
+    "clipped_per_example": estimates.clipped_per_example,
+}
 ESTIMATES: Mapping[str, Callable[..., Estimate]] = {
     "accumulated": lambda inner, *, n: estimates.accumulated(n, inner),
     "sharpness_aware": lambda inner, *, rho: estimates.sharpness_aware(rho, inner),
@@ -27,13 +32,25 @@ LEARNERS: Mapping[str, Callable[..., Learner]] = {
 }
 
 
+def task_of(config: Any, task: Task, teacher: Task | None) -> Task:
+    """The task, wrapped by what `config.transforms` lists. distill: {config, workdir, temperature, weight}; `teacher` is the
+    task that they name."""
+
+    def distilled(task: Task, *, config: str, workdir: str, temperature: float, weight: float) -> Task:
+        return transforms.distill(task, teacher, temperature=temperature, weight=weight)
+
+    return wrapped(task, {**TRANSFORMS, "distill": distilled}, config.transforms, "transforms")
+
+
 def learner_of(config: Any, task: Task) -> Learner:
     """The gradient learner of `config.estimate`, `config.optimizer` and `config.learner` on a task.
 
+    config.estimate: {name: "exact", wrap: ["accumulated"], accumulated: {n: 4}}, and the keys of the one that is named.
     config.learner.watch: {group: regular expression} for norms by group of paths.
     """
-    task = wrapped(task, TRANSFORMS, config.transforms, "transforms")
-    estimate = wrapped(estimates.exact(), ESTIMATES, config.estimate, "estimate")
+    around = config.estimate.wrap
+    base = called(BASES, _without(config.estimate, "wrap", *around), "estimate")
+    estimate = wrapped(base, ESTIMATES, {k: config.estimate[k] for k in ("wrap", *around) if k in config.estimate}, "estimate")
     tx = optim.make(_optimizer(config.optimizer), steps=config.train.steps)
     base = learners.gradient(task, tx, estimate, watch=arguments(config.learner.watch))
     return wrapped(base, LEARNERS, _without(config.learner, "watch"), "learner")
