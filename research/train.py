@@ -97,7 +97,8 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         if outcome.reason != loop.FINISHED:
             print(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
         finish(experiment, workdir, outcome, seconds)
-    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {path}; more: gnomon sample --workdir {path}")
+    sampling = f"; more samples: gnomon sample --config {args.config} --workdir {path}" if experiment.sample else ""
+    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {path}{sampling}")
     return 0
 
 

@@ -22,7 +22,7 @@ CNN = {
     "residual": False,
     "dropout": 0.0,
     "dtype": "float32",
-    "convolution": "auto",
+    "convolution": "lax",
 }
 VIT = {
     "name": "vit",
