@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from research.nn.block import Block, BlockConfig
 from research.nn.embed import Embed
 from research.nn.functional import Functional, functional
 from research.nn.linear import Linear
+from research.nn.ngrams import History, InductionEmbed, NGramEmbed
 from research.nn.norms import NORMS
 
 GLOBAL, SLIDING = "G", "L"
@@ -22,11 +24,15 @@ class Transformer(nnx.Module):
     """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
-                 tie_embeddings: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+                 ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], tie_embeddings: bool,
+                 scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
         # a tied table is also the output layer, whose logits should start small
         self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else 1.0, rngs=rngs)
+        grams = NGramEmbed(ngrams, ngram_bits, ngram_width, width, dtype=dtype, rngs=rngs) if ngrams else None
+        induced = InductionEmbed(induction, vocab, width, rngs=rngs) if induction else None
+        self.history = History(grams, induced) if ngrams or induction else None
         self.blocks = stack.build(lambda i, r: Block(block, windows[i], r), layers, len(windows), scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         out_init = block.attention.out_init
@@ -38,6 +44,7 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """What the output layer reads: float32 [batch, length, width]."""
         x = self.embed(tokens_BxT)
+        x = x if self.history is None else x + self.history(tokens_BxT)
         x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
         return self.norm(x)
 
@@ -50,15 +57,19 @@ class Transformer(nnx.Module):
 
     def cache_specs(self, batch: int) -> dict[str, Any]:
         """Specs of the cache of `decode`; it is zeros at first."""
-        return {"blocks": stack.cache_specs(self.blocks, lambda b: b.cache_specs(batch, self.context), self.layers, self.scan)}
+        cache = {"blocks": stack.cache_specs(self.blocks, lambda b: b.cache_specs(batch, self.context), self.layers, self.scan)}
+        return cache if self.history is None else cache | {"history": self.history.cache_specs(batch, self.context)}
 
     def decode(self, tokens_BxT: jax.Array, cache: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Logits of positions index .. index + T - 1 given the cache of those before; (logits, cache)."""
-        x = self.embed(tokens_BxT)
-        x, blocks = stack.run(
+        x, new = self.embed(tokens_BxT), {}
+        if self.history is not None:
+            recalled, new["history"] = self.history.decode(tokens_BxT, cache["history"], index)
+            x = x + recalled
+        x, new["blocks"] = stack.run(
             self.blocks, lambda block, x, cache: block.decode(x, cache, index), x, cache["blocks"], scan=self.scan
         )
-        return self._logits(self.norm(x)), {"blocks": blocks}
+        return self._logits(self.norm(x)), new
 
 
 def transformer(
@@ -79,6 +90,10 @@ def transformer(
     norm: str,
     conv: int,
     dropout: float,
+    ngrams: Sequence[int],
+    ngram_bits: int,
+    ngram_width: int,
+    induction: Sequence[int],
     tie_embeddings: bool,
     zero_init: bool,
     dtype: str,
@@ -92,10 +107,11 @@ def transformer(
     pattern: a letter a layer, repeated: G global causal attention, L sliding attention over the `window` latest positions.
     rope_base: of the rotary embedding, 0 for none. qk_norm: RMS-normalized queries and keys.
     mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
-    zero_init: what is added to the residual stream, and the output layer, start at zero.
-    dtype: operands of products, float32 or bfloat16; parameters, sums and the residual stream are float32.
-    attention: see `nn.attention_core`. scan_layers: one scan over stacked layers. remat: recompute each block when going
-    backward.
+    ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers for each, projected to
+    width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none.
+    zero_init: what is added to the residual stream, and the output layer, start at zero. dtype: operands of products, float32
+    or bfloat16; parameters, sums and the residual stream are float32. attention: see `nn.attention_core`. scan_layers: one
+    scan over stacked layers. remat: recompute each block when going backward.
 
     Raises ValueError, naming the config's key, for sizes that cannot work.
     """
@@ -108,6 +124,12 @@ def transformer(
     checks.divisible("model.layers", layers, "the length of model.pattern", len(pattern))
     if SLIDING in pattern:
         checks.positive("model.window", window)
+    for n in (*ngrams, *induction):
+        checks.positive("model.ngrams and model.induction: each", n)
+    if ngrams:
+        checks.positive("model.ngram_width", ngram_width)
+        if not 1 <= ngram_bits <= 24:
+            raise ValueError(f"model.ngram_bits={ngram_bits} must be at least 1 and at most 24")
     block = BlockConfig(
         AttentionConfig(
             width, heads, kv_heads, head_dim or width // heads, True, rope_base, qk_norm,
@@ -118,5 +140,19 @@ def transformer(
     block.check()
     windows = tuple(window if letter == SLIDING else None for letter in pattern)
     return functional(
-        lambda rngs: Transformer(block, vocab, context, layers, windows, tie_embeddings, scan_layers, remat, rngs)
+        lambda rngs: Transformer(
+            block,
+            vocab,
+            context,
+            layers,
+            windows,
+            tuple(ngrams),
+            ngram_bits,
+            ngram_width,
+            tuple(induction),
+            tie_embeddings,
+            scan_layers,
+            remat,
+            rngs,
+        )  # fmt: skip
     )

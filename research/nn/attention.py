@@ -60,14 +60,14 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
 
-    def _projected(self, x_BxTxC: jax.Array, positions_T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _projected(self, x_BxTxC: jax.Array, start: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         b, t, _ = x_BxTxC.shape
         d, base = self.config.head_dim, self.config.rope_base
         q, k, v = (layer(x_BxTxC).reshape(b, t, -1, d) for layer in (self.query, self.key, self.value))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if base:
-            tables = rotary_tables(positions_T, d, base)
+            tables = rotary_tables(start, t, d, base)
             q, k = rotate(q, tables), rotate(k, tables)
         return q, k, v
 
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
         config = self.config
-        q, k, v = self._projected(x_BxTxC, jnp.arange(x_BxTxC.shape[1]))
+        q, k, v = self._projected(x_BxTxC, 0)
         return self._merged(
             dot_product_attention(
                 q, k, v, causal=config.causal, window=self.window, dtype=config.dtype, implementation=config.implementation
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         """Positions index .. index + T - 1, given those before in `cache`: (output [B, T, width], cache)."""
         slots, t = cache["key"].shape[1], x_BxTxC.shape[1]
         positions_T = index + jnp.arange(t)
-        q, k, v = self._projected(x_BxTxC, positions_T)
+        q, k, v = self._projected(x_BxTxC, index)
         fresh = {"key": k.astype(cache["key"].dtype), "value": v.astype(cache["value"].dtype)}
         latest = index - 1  # slot s holds the greatest position <= latest that is s modulo slots; below 0 it is empty
         held_S = latest - (latest - jnp.arange(slots)) % slots

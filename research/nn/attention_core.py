@@ -6,6 +6,7 @@ Softmax is float32. Grouped-query attention (Ainslie et al. 2023, arXiv 2305.132
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.names import choose
+from research.nn.layout import on_a_mesh
 from research.nn.linear import contract
 
-MASKED = -1e30  # finite, so that a row that sees nothing gives zeros / a mean and no NaN
-BLOCK = 128
+MASKED = -1e30  # finite: a row that sees nothing gives the mean of all values, and no NaN
+BLOCK = 128  # queries at a time: scores of a few heads stay in cache
 
 
 def visible(query_T, key_S, causal: bool, window: int | None):
     """bool [T, S]: may the query at position query_T[t] see the key at key_S[s]? Negative key positions are empty slots. A
-    causal window holds the `window` latest positions, the query's own included; without causality it reaches window - 1 to
-    each side."""
+    causal window holds the `window` latest positions, the query's own included; otherwise it reaches window - 1 to each
+    side."""
     distance = query_T[:, None] - key_S[None, :]
-    seen = key_S[None, :] >= 0
+    seen = (query_T[:, None] >= 0) & (key_S[None, :] >= 0)
     if causal:
         seen = seen & (distance >= 0)
     if window is not None:
@@ -32,14 +34,22 @@ def visible(query_T, key_S, causal: bool, window: int | None):
     return seen
 
 
+def _weighed(q_NxTxD, k_NxSxD, v_NxSxD, visible_TxS, dtype: str) -> jax.Array:
+    """softmax(q k / sqrt(D)) v over the visible keys, for N heads at once (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)."""
+    scores = contract("ntd,nsd->nts", q_NxTxD * q_NxTxD.shape[-1] ** -0.5, k_NxSxD, dtype)
+    weights = jax.nn.softmax(jnp.where(visible_TxS, scores, MASKED), axis=-1)
+    return contract("nts,nsd->ntd", weights, v_NxSxD, dtype)
+
+
 def attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, visible_TxS, dtype: str) -> jax.Array:
-    """softmax(q k / sqrt(D)) v over the visible keys: float32 [B, T, H, D] (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)."""
+    """softmax(q k / sqrt(D)) v over the visible keys: float32 [B, T, H, D]. The queries of a group of heads that share a key
+    head stand one after another, as if of one longer sequence."""
     b, t, h, d = q_BxTxHxD.shape
     heads = k_BxSxKxD.shape[2]
-    q_BxTxKxGxD = (q_BxTxHxD * d**-0.5).reshape(b, t, heads, h // heads, d)
-    scores = contract("btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxSxKxD, dtype)
-    weights = jax.nn.softmax(jnp.where(visible_TxS, scores, MASKED), axis=-1)
-    return contract("bkgts,bskd->btkgd", weights, v_BxSxKxD, dtype).reshape(b, t, h, d)
+    q = q_BxTxHxD.reshape(b, t, heads, -1, d).transpose(0, 2, 3, 1, 4).reshape(b * heads, -1, d)
+    k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (k_BxSxKxD, v_BxSxKxD))
+    out = _weighed(q, k, v, jnp.tile(visible_TxS, (h // heads, 1)), dtype)
+    return out.reshape(b, heads, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 def dense(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
@@ -48,17 +58,66 @@ def dense(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
     return attend(q, k, v, visible(positions, positions, causal, window), dtype)
 
 
-def blockwise(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
-    """`dense` by blocks of 128 queries, each with the keys that one of its queries can see and no others."""
-    t = q.shape[1]
+def _by_rows(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, causal: bool, window: int | None, dtype: str) -> jax.Array:
+    """Blocks of queries, each with the keys that one of its queries can see."""
+    t = q_BxTxHxD.shape[1]
     out = []
     for start in range(0, t, BLOCK):
         stop = min(start + BLOCK, t)
         first = 0 if window is None else max(0, start - window + 1)
         last = stop if causal else t if window is None else min(t, stop + window - 1)
         seen = visible(np.arange(start, stop), np.arange(first, last), causal, window)
-        out.append(attend(q[:, start:stop], k[:, first:last], v[:, first:last], seen, dtype))
+        out.append(attend(q_BxTxHxD[:, start:stop], k_BxTxKxD[:, first:last], v_BxTxKxD[:, first:last], seen, dtype))
     return jnp.concatenate(out, axis=1)
+
+
+def _folded(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, causal: bool, window: int, dtype: str) -> jax.Array:
+    """Blocks of `window` queries, all at once: a block sees itself and its neighbours (the one before, where causal)."""
+    b, t, h, d = q_BxTxHxD.shape
+    count = -(-t // window)
+    neighbours = (-1, 0) if causal else (-1, 0, 1)
+
+    def blocks(x):
+        padded = jnp.pad(x, [(0, 0), (0, count * window - t), (0, 0), (0, 0)])
+        return padded.reshape(b, count, window, -1, d)
+
+    def with_neighbours(x):
+        padded = jnp.pad(blocks(x), [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)])
+        return jnp.concatenate([padded[:, 1 + n : 1 + n + count] for n in neighbours], axis=2)
+
+    offsets = np.concatenate([np.arange(window) + n * window for n in neighbours])
+    rows = []
+    for i in range(count):
+        keys = i * window + offsets
+        rows.append(visible(i * window + np.arange(window), np.where(keys < t, keys, -1), causal, window))
+    heads = k_BxTxKxD.shape[2]
+    q = blocks(q_BxTxHxD).reshape(b, count, window, heads, -1, d).transpose(0, 1, 3, 4, 2, 5).reshape(b * count * heads, -1, d)
+    k, v = (with_neighbours(x).swapaxes(2, 3).reshape(b * count * heads, -1, d) for x in (k_BxTxKxD, v_BxTxKxD))
+    seen = jnp.asarray(np.stack(rows))[:, None].repeat(heads, axis=1).reshape(count * heads, window, -1)
+    out = _weighed(q, k, v, jnp.tile(seen, (b, h // heads, 1)), dtype)
+    return out.reshape(b, count, heads, -1, window, d).transpose(0, 1, 4, 2, 3, 5).reshape(b, -1, h, d)[:, :t]
+
+
+def blockwise(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
+    """`dense` by blocks of queries, each with the keys that one of them can see; scores are computed again going backward.
+
+    A short window is one product of all blocks. Otherwise one sequence after another, which keeps the scores in cache, or,
+    where a mesh may split the batch, one key head after another.
+    """
+    if window is not None and window <= BLOCK:
+        return jax.checkpoint(functools.partial(_folded, causal=causal, window=window, dtype=dtype))(q, k, v)
+    axis, group = (2, q.shape[2] // k.shape[2]) if on_a_mesh() else (0, 1)
+
+    def one(parts):
+        q, k, v = parts
+        return _by_rows(q, k, v, causal, window, dtype)
+
+    def pieces(x, size):
+        split = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(split, axis, 0)
+
+    out = jax.lax.map(jax.checkpoint(one), (pieces(q, group), pieces(k, 1), pieces(v, 1)))
+    return jnp.moveaxis(out, 0, axis).reshape(q.shape)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "blockwise": blockwise}
@@ -66,7 +125,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "blockwi
 
 def dot_product_attention(
     q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, *, causal: bool, window: int | None, dtype: str, implementation: str
-):
+) -> jax.Array:
     """Self-attention of a whole sequence, float32 [batch, length, heads, head_dim].
 
     window: None, or how many positions a query sees (see `visible`). dtype: what the operands of the two products are rounded

@@ -1,4 +1,4 @@
-"""The one place where activations are held to a layout."""
+"""The one place where layers meet the mesh: activations by logical names, and whether there is one at all."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import jax
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` with its dimensions named by logical axes, such as `constrain(x, "batch", "length", "embed")`; what a mesh does
-    about the names is `research.core.mesh`'s to say. Without a mesh it is `x` itself."""
+    """`x` with its dimensions named by logical axes, such as `constrain(x, "batch", "length", "embed")`; what a mesh does about
+    the names is `research.core.mesh`'s to say. Without a mesh it is `x` itself."""
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axis names {axes} for a shape {x.shape}")
     return x
+
+
+def on_a_mesh() -> bool:
+    """Whether this is traced under `jax.set_mesh`: then a loop over the batch axis would gather what is split."""
+    return not jax.sharding.get_abstract_mesh().empty
