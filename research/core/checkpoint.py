@@ -189,7 +189,7 @@ class Checkpoints:
         """
         self.wait()
         self._recover()
-        found = self._first_intact(sorted(self._entries(), key=lambda entry: -entry.order))
+        found = self._first_intact(lambda entries: sorted(entries, key=lambda entry: -entry.order))
         damaged = [path.name for path in self._folders() if path.name.startswith(_DAMAGED) or _NAME.fullmatch(path.name)]
         if found is None and damaged:
             raise CheckpointError(f"no checkpoint in {self.directory} is intact: {', '.join(sorted(damaged))}")
@@ -199,7 +199,7 @@ class Checkpoints:
         """The best intact checkpoint of the last stage that has the metric; None if none has it. Otherwise as `latest`."""
         self.wait()
         self._recover()
-        found = self._first_intact(self._ranked(self._entries()))
+        found = self._first_intact(self._ranked)
         if found is None:
             self.latest()
         return found
@@ -221,6 +221,8 @@ class Checkpoints:
         if abstract is None or "frozen" in abstract:
             wanted = None if abstract is None else {"frozen": abstract["frozen"]}
             state |= storage.read(self._frozen(entry) / "arrays", entry.frozen_leaves, wanted, where)
+        if not saved.path.exists() or (entry.frozen and not self._frozen(entry).exists()):
+            raise CheckpointError(f"{where} was deleted by the run that writes there while it was read")
         return state
 
     def _folders(self) -> list[Path]:
@@ -266,15 +268,18 @@ class Checkpoints:
     def _damage(self, entry: _Entry) -> str | None:
         return files.damage(entry.saved.path) or (entry.frozen and files.damage(self._frozen(entry))) or None
 
-    def _first_intact(self, entries: list[_Entry]) -> Saved | None:
-        for entry in entries:
-            problem = self._damage(entry)
-            if problem is None:
-                return entry.saved
-            self._put_aside(entry.saved.path, problem)
-            if entry.frozen and self._frozen(entry).exists() and files.damage(self._frozen(entry)):
-                self._put_aside(self._frozen(entry), problem)
-        return None
+    def _first_intact(self, ordered: Callable[[list[_Entry]], list[_Entry]]) -> Saved | None:
+        while True:
+            entries = ordered(self._entries())
+            for entry in entries:
+                problem = self._damage(entry)
+                if problem is None:
+                    return entry.saved
+                self._put_aside(entry.saved.path, problem)
+                if entry.frozen and self._frozen(entry).exists() and files.damage(self._frozen(entry)):
+                    self._put_aside(self._frozen(entry), problem)
+            if not self.read_only or all(entry.saved.path.exists() for entry in entries):
+                return None  # else the process that writes here has put newer ones in their place meanwhile: look again
 
     def _put_aside(self, path: Path, problem: str) -> None:
         if self.read_only:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from research.core import files
-from research.core.hooks import Series, is_image, read_series
+from research.core.hooks import Series, is_image, read_lines, read_series
 from research.core.images import png
 from research.core.plots import panels
 from research.core.progress import duration, short
@@ -181,7 +181,11 @@ def write_report(
     samples: Sequence[tuple[str, str]] = (),
     images: Sequence[tuple[str, np.ndarray]] = (),
 ) -> Path:
-    """Writes `workdir`/report.html from what the folder of the run holds and what is given, as `render` takes it; its path."""
+    """Writes `workdir`/report.html from what the folder of the run holds and what is given, as `render` takes it; its path.
+    Steps and wall time are those of the last line of metrics.jsonl unless `results` say them."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    if results is not None and lines:
+        results = {"steps": lines[-1]["step"], "wall_seconds": lines[-1]["seconds"]} | dict(results)
     config, versions = (json.loads((workdir / name).read_bytes()) for name in ("config.json", "versions.json"))
     series = read_series(workdir / "metrics.jsonl")
     page = render(workdir.name, series, config, versions, results, tables, samples, images)

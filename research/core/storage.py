@@ -44,8 +44,11 @@ def failure(error: BaseException, path: Path) -> CheckpointError:
     """One line for what went wrong while `path` was written; a full disk is said in those words."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return CheckpointError(f"{path} was not saved: no space left on the device")
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return CheckpointError(f"{path} was not saved: {type(error).__name__}: {first[:300]}")
+    return CheckpointError(f"{path} was not saved: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:300]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -162,15 +165,18 @@ def read(directory: Path, saved: Description, abstract: Tree | None, what: str) 
     this process's first device where it is None.
 
     Raises CheckpointError (one line, beginning with `what`) naming the first path at which shape or dtype differ, before
-    anything is read.
+    anything is read, or saying what orbax could not read.
     """
     differs = None if abstract is None else difference(saved, abstract)
     if differs is not None:
         raise CheckpointError(f"{what} does not fit the State that is wanted at {differs}")
     abstract = _abstract(saved) if abstract is None else abstract
     asked = _storable(abstract, _wanted)
-    with _context():
-        loaded = ocp.load(directory, asked) if asked else {}
+    try:
+        with _context():
+            loaded = ocp.load(directory, asked) if asked else {}
+    except Exception as error:
+        raise CheckpointError(f"{what} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     arrays = dict(trees.leaves_with_paths(loaded))
     impls = {tuple(entry["path"]): entry["impl"] for entry in saved if "impl" in entry}
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.core import files
-from research.core.checkpoint import Checkpoints, Saved, state_sha256
+from research.core.checkpoint import CheckpointError, Checkpoints, Saved, state_sha256
 from research.core.hooks import Series, read_series
 from research.core.types import GROUPS, Learner, State, Variables
 
@@ -292,6 +292,23 @@ class Run(NamedTuple):
     saved: Saved | None
 
 
+def _loaded(
+    checkpoints: Checkpoints, learner: Callable[[int], Learner] | None, best: str | None
+) -> tuple[Saved | None, Learner | None, State | None]:
+    """The checkpoint, the learner of its stage, its State."""
+    while True:
+        saved = checkpoints.latest() if best is None else checkpoints.best()
+        if saved is None:
+            return None, None, None
+        owner = None if learner is None else learner(saved.stage)
+        abstract = None if owner is None else jax.eval_shape(owner.init, jax.random.key(0))
+        try:
+            return saved, owner, checkpoints.load(saved, abstract)
+        except CheckpointError:
+            if saved.path.exists():  # else the run that is writing here has just put a newer one in its place
+                raise
+
+
 def load_run(
     workdir: str | Path, learner: Callable[[int], Learner] | None = None, best: str | None = None, mode: str = "min"
 ) -> Run:
@@ -308,12 +325,9 @@ def load_run(
     if not (path / "config.json").exists():
         raise ValueError(f"{path} holds no run: there is no config.json in it")
     checkpoints = Checkpoints(path / "checkpoints", best=best, mode=mode, read_only=True)
-    saved = checkpoints.latest() if best is None else checkpoints.best()
+    saved, owner, state = _loaded(checkpoints, learner, best)
     if saved is None and best is not None:
         raise ValueError(f"{path}: no checkpoint has the metric {best!r}")
-    owner = learner(saved.stage) if saved is not None and learner is not None else None
-    abstract = None if owner is None else jax.eval_shape(owner.init, jax.random.key(0))
-    state = None if saved is None else checkpoints.load(saved, abstract)
     variables: Variables | None = None
     if owner is not None and state is not None:
         variables = owner.variables(state)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import collections
-import json
 import logging
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.core import files, storage
 from research.core.checkpoint import CheckpointError, Checkpoints, state_sha256
-from tests.core.saving import state_at
+from tests.core.saving import Saver, state_at
 
 Momentum = collections.namedtuple("Momentum", "count trace")
 ROOT = Path(__file__).parents[2]
@@ -324,6 +322,8 @@ def test_nan_is_never_best_even_alone(tmp_path):
     checkpoints = Checkpoints(tmp_path, best="val/x")
     checkpoints.save(small_state(1), metrics={"val/x": float("nan")})
     assert checkpoints.best() is None and checkpoints.latest().step == 1
+    checkpoints.save(small_state(2), metrics={"val/x": np.array([1.0, np.nan])})
+    assert checkpoints.best() is None and checkpoints.latest().step == 2
 
 
 def test_the_mean_over_members_decides_in_a_population(tmp_path):
@@ -455,23 +455,6 @@ def test_a_full_disk_is_said_with_the_path_and_the_checkpoint_before_stays(tiny_
 # Kills
 
 
-class Saver:
-    """tests/core/saving.py as a process that forks children which save."""
-
-    def __init__(self):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        script = [sys.executable, str(Path(__file__).with_name("saving.py")), str(ROOT)]
-        self.process = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def begin(self, directory: Path, saves: int = 1000, crash: int = 0) -> int:
-        self.process.stdin.write(json.dumps({"directory": str(directory), "saves": saves, "crash": crash}) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def ended(self) -> int:
-        return int(self.process.stdout.readline().split()[1])
-
-
 @pytest.fixture
 def memory(tmp_path):
     """A folder in memory where there is one: kills are as hard there, and nothing waits for a disk."""
@@ -484,10 +467,8 @@ def memory(tmp_path):
 
 @pytest.fixture(scope="module")
 def saver():
-    saver = Saver()
-    yield saver
-    saver.process.stdin.close()
-    saver.process.wait(10)
+    with Saver() as saver:
+        yield saver
 
 
 def assert_whole(directory: Path, at_least: int) -> int:

@@ -196,3 +196,4 @@ def test_write_report_reads_the_folder_of_a_run(tmp_path):
         hook.log(step, {"loss": 1.0 / step})
     read = Page(write_report(tmp_path, results={"test/loss": 0.25}).read_text())
     assert tmp_path.name in read.text and "0.25" in read.text and "polyline" in read.tags
+    assert "finished" in read.words and read.words[read.words.index("steps ") + 1] == "3"

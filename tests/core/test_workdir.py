@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from research.core.checkpoint import CheckpointError, Checkpoints, state_sha256
 from research.core.hooks import JsonLines
 from research.core.types import Learner
 from research.core.workdir import FINISHED, NEW, UNFINISHED, Workdir, differences, load_run, plain_config, versions
+from tests.core.saving import Saver, state_at
 
 CONFIG = {"seed": 0, "model": {"width": 192, "layers": [1, 2]}, "data": {"globs": ("a", "b"), "limit": None}}
 OTHER = {**CONFIG, "model": {"width": 256, "layers": [1, 2]}}
@@ -311,6 +313,24 @@ def test_load_run_of_a_run_in_use_touches_nothing(tmp_path):
         before = sorted(workdir.path.rglob("*"))
         assert load_run(tmp_path / "a").summary is None
         assert sorted(workdir.path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax, when files go while it reads them
+@pytest.mark.faults
+def test_load_run_reads_a_run_whose_checkpoints_are_replaced_under_its_eyes(tmp_path, caplog):
+    (tmp_path / "config.json").write_text("{}")
+    with Saver() as saver:
+        pid = saver.begin(tmp_path / "checkpoints", keep=1)
+        while load_run(tmp_path).saved is None:
+            time.sleep(0.01)
+        steps = []
+        while len(steps) < 25 or steps[-1] < 12:
+            run = load_run(tmp_path)
+            assert state_sha256(run.state) == state_sha256(state_at(run.saved.step))
+            steps.append(run.saved.step)
+        os.kill(pid, signal.SIGKILL)
+        saver.ended()
+    assert steps == sorted(steps) and not caplog.records
 
 
 def test_load_run_before_the_first_checkpoint_and_where_there_is_none(tmp_path):
