@@ -1,5 +1,6 @@
 """Evaluators: what is measured on whole data sets, exactly, however they are batched and padded."""
 
+from research.evals._values import absolute_error, correct, nll, squared_error
 from research.evals.accuracy import accuracy
 from research.evals.auc import auc
 from research.evals.bits_per_byte import bits_per_byte
@@ -8,7 +9,6 @@ from research.evals.collect import collect
 from research.evals.confusion_matrix import confusion_matrix
 from research.evals.mean import mean
 from research.evals.mean_of_loss import mean_of_loss
-from research.evals.values import absolute_error, correct, nll, squared_error
 
 __all__ = [
     "absolute_error",

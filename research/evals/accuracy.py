@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from research.core.types import Evaluator, Example
 from research.evals._example import linear_classifier
 from research.evals._sums import Apply
+from research.evals._values import correct
 from research.evals.mean import mean
-from research.evals.values import correct
 
 
 def accuracy(apply: Apply, *, top: int = 1, inputs: Sequence[str] = ("inputs",), mask: str = "mask") -> Evaluator:

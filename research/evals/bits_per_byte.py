@@ -11,7 +11,7 @@ import numpy as np
 
 from research.core.types import Batch, Evaluator, Example, Key, Tree, Variables
 from research.evals import _sums as sums
-from research.evals import values
+from research.evals import _values
 from research.evals._example import linear_classifier
 
 
@@ -19,7 +19,7 @@ def bits_per_byte(
     apply: sums.Apply,
     *,
     bytes_per_token: float | Sequence[float] | np.ndarray = 1.0,
-    nll: values.Values = values.nll,
+    nll: _values.Values = _values.nll,
     inputs: Sequence[str] = ("inputs",),
     mask: str = "mask",
 ) -> Evaluator:

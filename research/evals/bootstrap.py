@@ -13,7 +13,7 @@ import numpy as np
 from research.core.types import Array, Batch, Evaluator, Example, Key, Tree, Variables
 from research.evals import _sums as sums
 from research.evals._example import linear_classifier
-from research.evals.values import Values, correct, nll
+from research.evals._values import Values, correct, nll
 
 # P(Poisson(1) <= k), until nothing is left in 32 bits
 POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(13)])

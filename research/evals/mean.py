@@ -8,7 +8,7 @@ from typing import Any
 from research.core.types import Batch, Evaluator, Example, Key, Tree, Variables
 from research.evals import _sums as sums
 from research.evals._example import linear_classifier
-from research.evals.values import Values, correct, nll
+from research.evals._values import Values, correct, nll
 
 
 def mean(
@@ -17,7 +17,7 @@ def mean(
     """{name: mean of values[name](outputs, batch), weighted by batch[mask]}, in one pass of the method.
 
     apply: such as `task.methods["predict"].apply`; it is given {name: batch[name] for name in inputs}.
-    values: functions of (outputs, batch) -> [batch, ...], whose shape begins with the mask's; see `research.evals.values`.
+    values: functions of (outputs, batch) -> [batch, ...], whose shape begins with the mask's, such as `evals.nll`.
     The means are those of all examples at once, however they are batched and padded. NaN where nothing counted.
 
     Raises ValueError where the batch lacks a key or the shapes do not fit.

@@ -27,7 +27,7 @@ from research.optim.rates import own_values, scale_by_rates
 
 CONSTANT: Mapping[str, Any] = {"name": "constant"}
 NONE: Mapping[str, Any] = {}
-MATRIX_FREE = r"(^|/)(\w*embed\w*|table|(\w+_)?head|\w*norm\w*|bias|scale)(/|$)"
+MATRIX_FREE = r"(^|/)(\w*embed\w*|tables?|position\w*|(\w+_)?head|\w*norm\w*|conv|bias|scale|\w+_bias)(/|$)"
 
 
 class Core(NamedTuple):
@@ -104,9 +104,9 @@ def muon(
     adam_eps: float = 1e-8,
 ) -> Core:
     """Muon for matrices (see `research.optim.muon.scale_by_muon` for its keywords), AdamW for every other parameter:
-    those of fewer than 2 axes and those whose path `adam_match` is found in. By default these are embeddings, heads,
-    norms, biases and scales; a stacked vector [layers, width] of another name must be added to it, for its shape is a
-    matrix's.
+    those of fewer than 2 axes and those whose path `adam_match` is found in. By default these are
+    embeddings, tables, positions, heads, norms, short convolutions, biases and scales; a stacked vector [layers, width]
+    of another name must be added to it, for its shape is a matrix's.
 
     adam_learning_rate, adam_weight_decay: of AdamW's parameters, in the state as "learning_rate_adam" and
     "weight_decay_adam"; None is the optimizer's own, which suits scale="rms".
