@@ -62,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update({"every": 500, "keep_best": 1, "best": "val/accuracy", "mode": "max"})
     if arg.endswith("smoke"):
         config.stream.batch = 16
+        config.optimizer.schedule.warmup = 2
         config.train.update({"steps": 20, "log_every": 5})
         config.evaluate.every = 0
     return config

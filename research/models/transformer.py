@@ -13,8 +13,9 @@ from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
 from research.nn.embed import Embed
 from research.nn.functional import Functional, functional
+from research.nn.history import History, Recalled
+from research.nn.induction import CopyHead
 from research.nn.linear import Linear
-from research.nn.ngrams import History, InductionEmbed, NGramEmbed
 from research.nn.norms import NORMS
 
 GLOBAL, SLIDING = "G", "L"
@@ -24,32 +25,38 @@ class Transformer(nnx.Module):
     """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
-                 ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], tie_embeddings: bool,
-                 scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+                 ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
+                 tie_embeddings: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
         # a tied table is also the output layer, whose logits should start small
         self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else 1.0, rngs=rngs)
-        grams = NGramEmbed(ngrams, ngram_bits, ngram_width, width, dtype=dtype, rngs=rngs) if ngrams else None
-        induced = InductionEmbed(induction, vocab, width, rngs=rngs) if induction else None
-        self.history = History(grams, induced) if ngrams or induction else None
+        recalls = bool(ngrams or induction)
+        grams = (ngrams, ngram_bits, ngram_width)
+        self.history = History(*grams, induction, vocab, width, dtype=dtype, rngs=rngs) if recalls else None
         self.blocks = stack.build(lambda i, r: Block(block, windows[i], r), layers, len(windows), scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         out_init = block.attention.out_init
         self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, init=out_init, rngs=rngs)
+        self.copy = CopyHead(len(induction), width, dtype=dtype, rngs=rngs) if copy else None
 
-    def _logits(self, hidden_BxTxC: jax.Array) -> jax.Array:
-        return self.embed.logits(hidden_BxTxC, self.dtype) if self.head is None else self.head(hidden_BxTxC)
+    def _logits(self, hidden_BxTxC: jax.Array, recalled: Recalled | None) -> jax.Array:
+        logits = self.embed.logits(hidden_BxTxC, self.dtype) if self.head is None else self.head(hidden_BxTxC)
+        return logits if self.copy is None else self.copy(logits, hidden_BxTxC, recalled.followed)
+
+    def _hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Recalled | None]:
+        recalled = None if self.history is None else self.history(tokens_BxT)
+        x = self.embed(tokens_BxT)
+        x = x if recalled is None else x + recalled.embedding
+        x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
+        return self.norm(x), recalled
 
     def hidden(self, tokens_BxT: jax.Array) -> jax.Array:
         """What the output layer reads: float32 [batch, length, width]."""
-        x = self.embed(tokens_BxT)
-        x = x if self.history is None else x + self.history(tokens_BxT)
-        x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
-        return self.norm(x)
+        return self._hidden(tokens_BxT)[0]
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        return self._logits(self.hidden(tokens_BxT))
+        return self._logits(*self._hidden(tokens_BxT))
 
     def context_length(self) -> int:
         """The most positions that it may be given."""
@@ -62,14 +69,14 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens_BxT: jax.Array, cache: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Logits of positions index .. index + T - 1 given the cache of those before; (logits, cache)."""
-        x, new = self.embed(tokens_BxT), {}
+        x, new, recalled = self.embed(tokens_BxT), {}, None
         if self.history is not None:
             recalled, new["history"] = self.history.decode(tokens_BxT, cache["history"], index)
-            x = x + recalled
+            x = x + recalled.embedding
         x, new["blocks"] = stack.run(
             self.blocks, lambda block, x, cache: block.decode(x, cache, index), x, cache["blocks"], scan=self.scan
         )
-        return self._logits(self.norm(x)), new
+        return self._logits(self.norm(x), recalled), new
 
 
 def transformer(
@@ -94,6 +101,7 @@ def transformer(
     ngram_bits: int,
     ngram_width: int,
     induction: Sequence[int],
+    copy: bool,
     tie_embeddings: bool,
     zero_init: bool,
     dtype: str,
@@ -108,7 +116,8 @@ def transformer(
     rope_base: of the rotary embedding, 0 for none. qk_norm: RMS-normalized queries and keys.
     mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
     ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers for each, projected to
-    width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none.
+    width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none. copy: each
+    of these votes for its token in the logits, too.
     zero_init: what is added to the residual stream, and the output layer, start at zero. dtype: operands of products, float32
     or bfloat16; parameters, sums and the residual stream are float32. attention: see `nn.attention_core`. scan_layers: one
     scan over stacked layers. remat: recompute each block when going backward.
@@ -126,6 +135,8 @@ def transformer(
         checks.positive("model.window", window)
     for n in (*ngrams, *induction):
         checks.positive("model.ngrams and model.induction: each", n)
+    if copy and not induction:
+        raise ValueError("model.copy=True copies what model.induction finds, and that is []; name orders, such as [3, 6, 12]")
     if ngrams:
         checks.positive("model.ngram_width", ngram_width)
         if not 1 <= ngram_bits <= 24:
@@ -150,6 +161,7 @@ def transformer(
             ngram_bits,
             ngram_width,
             tuple(induction),
+            copy,
             tie_embeddings,
             scan_layers,
             remat,
