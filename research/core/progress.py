@@ -24,13 +24,17 @@ MODES = ("auto", "bar", "notebook", "lines")
 SIZES = (1024, 2048, 4096, 8192)  # of the matrices whose products are timed
 
 
-@functools.cache
 def measured_matmul_peak(dtype: Any = jnp.float32) -> float:
     """FLOP/s of one device on square matrix products of `dtype` accumulated in float32, measured for about half a second once a
     process: the best of several timings, each 10 ms or longer, at the size that does best. What MFU is a fraction of.
 
     A product of n x n matrices counts 2 n^3.
     """
+    return _peak(jnp.dtype(dtype).name)
+
+
+@functools.cache
+def _peak(dtype: str) -> float:
     best = 0.0
     for n in SIZES:
         x = jnp.ones((n, n), dtype)

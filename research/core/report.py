@@ -79,7 +79,7 @@ def _config(config: Mapping[str, Any]) -> str:
     top = [(k, v) for k, v in _flat({k: v for k, v in config.items() if k not in sections})]
     cards = [("", top)] if top else []
     cards += [(name, list(_flat(section))) for name, section in sections.items()]
-    return '<div class="grid2">' + "".join(_card(name, _pairs(rows)) for name, rows in cards) + "</div>"
+    return '<div class="columns">' + "".join(_card(name, _pairs(rows)) for name, rows in cards) + "</div>"
 
 
 def _card(title: str, body: str, wide: bool = False) -> str:

@@ -27,6 +27,7 @@ h3 { font-size:.95rem; margin:0; font-weight:650; overflow-wrap:anywhere }
 .numbers b { font-size:1.35rem; font-weight:600; font-variant-numeric:tabular-nums }
 .grid2 { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr)); gap:14px }
 .panel { margin:0; padding:12px 12px 6px; display:flex; flex-direction:column; justify-content:space-between }
+.columns { columns:320px; column-gap:14px } .columns .card { break-inside:avoid; display:inline-block; width:100% }
 .grid2 + details { margin-top:14px }
 .panel figcaption { display:flex; flex-wrap:wrap; align-items:baseline; gap:2px 10px; font-size:.8rem; color:var(--soft) }
 .panel h3 { color:var(--ink) }
