@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "induction": [3, 4, 6, 8, 12, 16, 24],
         "copy": True,
         "tie_embeddings": False,
+        "embed_scale": 0.5,
+        "embed_norm": True,
         "zero_init": True,
         "dtype": "bfloat16",
         "attention": "blockwise",
@@ -54,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "name": "muon",
         "learning_rate": 0.02,
         "adam_learning_rate": 0.008,
-        "adam_match": "embed|tables?|head|norm|scale|bias|conv",
+        "adam_match": "embed|tables|head|norm|scale|bias|conv|copy",
         "schedule": {"name": "wsd", "warmup": 20, "decay": 0.7},
     }
     config.evaluate = {"every": 200, "batch": 8, "length": 2048, "context": 512, "windows": 32}

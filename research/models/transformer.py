@@ -26,11 +26,12 @@ class Transformer(nnx.Module):
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
                  ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
-                 tie_embeddings: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+                 tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
         # a tied table is also the output layer, whose logits should start small
-        self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else 1.0, rngs=rngs)
+        self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else embed_scale, rngs=rngs)
+        self.embed_norm = NORMS["plain_rms"](width, rngs=rngs) if embed_norm else None
         recalls = bool(ngrams or induction)
         grams = (ngrams, ngram_bits, ngram_width)
         self.history = History(*grams, induction, vocab, width, dtype=dtype, rngs=rngs) if recalls else None
@@ -44,10 +45,14 @@ class Transformer(nnx.Module):
         logits = self.embed.logits(hidden_BxTxC, self.dtype) if self.head is None else self.head(hidden_BxTxC)
         return logits if self.copy is None else self.copy(logits, hidden_BxTxC, recalled.followed)
 
-    def _hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Recalled | None]:
-        recalled = None if self.history is None else self.history(tokens_BxT)
+    def _embedded(self, tokens_BxT: jax.Array, recalled: Recalled | None) -> jax.Array:
         x = self.embed(tokens_BxT)
         x = x if recalled is None else x + recalled.embedding
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Recalled | None]:
+        recalled = None if self.history is None else self.history(tokens_BxT)
+        x = self._embedded(tokens_BxT, recalled)
         x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
         return self.norm(x), recalled
 
@@ -69,10 +74,10 @@ class Transformer(nnx.Module):
 
     def decode(self, tokens_BxT: jax.Array, cache: dict[str, Any], index: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Logits of positions index .. index + T - 1 given the cache of those before; (logits, cache)."""
-        x, new, recalled = self.embed(tokens_BxT), {}, None
+        new, recalled = {}, None
         if self.history is not None:
             recalled, new["history"] = self.history.decode(tokens_BxT, cache["history"], index)
-            x = x + recalled.embedding
+        x = self._embedded(tokens_BxT, recalled)
         x, new["blocks"] = stack.run(
             self.blocks, lambda block, x, cache: block.decode(x, cache, index), x, cache["blocks"], scan=self.scan
         )
@@ -103,6 +108,8 @@ def transformer(
     induction: Sequence[int],
     copy: bool,
     tie_embeddings: bool,
+    embed_scale: float,
+    embed_norm: bool,
     zero_init: bool,
     dtype: str,
     attention: str,
@@ -117,7 +124,8 @@ def transformer(
     mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
     ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers for each, projected to
     width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none. copy: each
-    of these votes for its token in the logits, too.
+    of these votes for its token in the logits, too. embed_scale: deviation that token embeddings start with (width^-1/2 where
+    they are tied to the output layer). embed_norm: the sum of all embeddings is RMS-normalized.
     zero_init: what is added to the residual stream, and the output layer, start at zero. dtype: operands of products, float32
     or bfloat16; parameters, sums and the residual stream are float32. attention: see `nn.attention_core`. scan_layers: one
     scan over stacked layers. remat: recompute each block when going backward.
@@ -163,6 +171,8 @@ def transformer(
             tuple(induction),
             copy,
             tie_embeddings,
+            embed_scale,
+            embed_norm,
             scan_layers,
             remat,
             rngs,
