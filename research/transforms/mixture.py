@@ -110,7 +110,7 @@ def _homes(abstract: Mapping[str, Variables], private: str) -> dict[str, dict[Pa
             home = homes[name][path] = (name, *path) if own else path
             if not own and path[0] in abstract:
                 raise ValueError(
-                    f"mixture: the name {path[0]!r} is also the first key of {joined(path)} in {name}; rename the task"
+                    f"mixture: the name {path[0]!r} is also the first key of params {joined(path)}; rename the task"
                 )
             first, y = owner.setdefault(home, (name, x))
             if (x.shape, x.dtype) != (y.shape, y.dtype):
@@ -144,9 +144,7 @@ def _axes(each: Mapping[str, Task], homes: Mapping[str, Mapping[Path, Path]]) ->
 def _check_weights(each: Mapping[str, Task], abstract: Mapping[str, Variables]) -> None:
     for name, task in each.items():
         if jax.eval_shape(task.loss, abstract[name], abstract_batch(task.batch), abstract_key())[1].weight is None:
-            raise ValueError(
-                f'mixture: the loss of {name} is no weighted mean (Aux.weight is None); allowed with per="task" alone'
-            )
+            raise ValueError(f'mixture: the loss of {name} is no weighted mean (Aux.weight is None); use per="task"')
 
 
 def example() -> Example:
