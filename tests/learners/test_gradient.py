@@ -109,14 +109,16 @@ def test_optimizers_are_given_value_and_function():
 
 
 def test_state_has_no_weak_types_so_that_the_second_step_does_not_compile_again():
-    learner = gradient(
-        TASK, optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(0.1, 0.0, 10)), accumulated(2)
+    age = optax.GradientTransformation(
+        lambda params: {"age": 0.0}, lambda g, s, params=None: (g, {"age": s["age"] + jnp.float32(1)})
     )
+    rate = optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(0.1, 0.0, 10))
+    learner = gradient(TASK, optax.chain(age, rate), accumulated(2))
     step = jax.jit(learner.step)
     state = started(learner)
     for i in range(3):
         state, _ = step(state, a_batch(i), KEY)
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1 and state["opt"][0]["age"] == 3
 
 
 def test_bfloat16_params_stay_so_and_norms_are_float32():
