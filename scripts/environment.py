@@ -310,8 +310,7 @@ def explain(lines: Sequence[str], made: Environment) -> str:
     """One line that says why pip failed."""
     text = "\n".join(lines)
     if any(words in text for words in FULL):
-        free = shutil.disk_usage(made.root).free
-        return f"the disk is full: {gigabytes(free)} are free in {made.root}, {gigabytes(made.needed)} are needed"
+        return f"the disk is full: {made.root} needs {gigabytes(made.needed)} free"
     if "DO NOT MATCH THE HASHES" in text:
         named = re.search(r"^\s+(\S+==\S+).*from ", text, re.MULTILINE)
         return f"{named[1] if named else 'a package'} is not the file that was locked: its hash differs; nothing was installed"

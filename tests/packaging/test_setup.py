@@ -280,20 +280,35 @@ def test_set_ups_at_once_take_turns(tmp_path):
     assert house.set_up(root, house.offline(root)).stdout == ""
 
 
+def written(root: Path) -> str:
+    log = root / ".venv-setup" / "log"
+    return log.read_text() if log.exists() else ""
+
+
+MOMENTS = {
+    "the environment is being made": lambda root: (root / ".venv" / "pyvenv.cfg").exists(),
+    "packages are being fetched": lambda root: "$ pip" in written(root),
+    "packages are being installed": lambda root: "Installing collected" in written(root),
+    "the project is being installed": lambda root: "--editable" in written(root),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_set_up_leaves_nothing_that_is_used(tmp_path, number):
     root = house.checkout(tmp_path / "checkout")
-    for wait in (0.3, 1.0, 2.0, 4.0):
+    for moment, has_come in MOMENTS.items():
         process = subprocess.Popen([root / "scripts" / "setup"], env=house.offline(root), stdout=subprocess.DEVNULL)
-        time.sleep(wait)
+        while not has_come(root):
+            assert process.poll() is None, f"set-up ended before {moment}"
+            time.sleep(0.005)
         process.send_signal(number)
-        if process.wait(timeout=60) == 0:
-            break  # it was quicker
-        assert not (root / ".venv" / "made-from.json").exists()
+        assert process.wait(timeout=60) != 0, moment
+        assert not (root / ".venv" / "made-from.json").exists(), moment
         if number != signal.SIGKILL:
-            assert not (root / ".venv").exists()
+            assert not (root / ".venv").exists(), moment
+        (root / ".venv-setup" / "log").unlink(missing_ok=True)  # a killed set-up's last words are not the next one's
     after = house.set_up(root, house.offline(root))
     assert after.returncode == 0, after.stderr
     assert (root / ".venv" / "made-from.json").exists()
