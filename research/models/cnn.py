@@ -12,7 +12,9 @@ from research.core.names import choose
 from research.nn import checks
 from research.nn.conv import CONVOLUTIONS, Conv
 from research.nn.functional import Functional, functional
-from research.nn.linear import DTYPES, Linear
+from research.nn.linear import Linear
+from research.nn.norms import GroupNorm
+from research.nn.products import DTYPES
 
 NORMALIZATIONS = ("batch", "group", "none")
 GROUP = 16  # channels normalized together, or all of them where they are fewer
@@ -21,7 +23,7 @@ GROUP = 16  # channels normalized together, or all of them where they are fewer
 def _normalization(kind: str, width: int, rngs: nnx.Rngs) -> nnx.Module | None:
     if kind == "batch":
         return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
-    return nnx.GroupNorm(width, num_groups=max(1, width // GROUP), rngs=rngs) if kind == "group" else None
+    return GroupNorm(width, max(1, width // GROUP), rngs=rngs) if kind == "group" else None
 
 
 class ConvBlock(nnx.Module):
@@ -99,6 +101,9 @@ def cnn(
         raise ValueError("model.widths=[] must name the width of at least one stage")
     for width in widths:
         checks.positive("model.widths: each", width)
+    if normalization == "group":
+        for width in widths:
+            checks.divisible("model.widths: each", width, "a group of normalization=group", min(GROUP, width))
     checks.positive("model.blocks", blocks)
     checks.positive("model.outputs", outputs)
     checks.fraction("model.dropout", dropout)

@@ -37,7 +37,7 @@ class ViT(nnx.Module):
         b, h, w, c = x_BxHxWxC.shape
         p = self.patch
         patches = x_BxHxWxC.reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3).reshape(b, -1, p * p * c)
-        x = self.embed(patches) + self.position[...]
+        x = self.embed(patches) + self.position[...][None]
         x, _ = stack.run(self.blocks, lambda block, x, _: (block(x), None), x, scan=self.scan, remat=self.remat)
         return jnp.mean(self.norm(x), axis=1)
 

@@ -12,9 +12,10 @@ from research.core.names import choose
 from research.core.types import Spec
 from research.nn import checks
 from research.nn.attention_core import IMPLEMENTATIONS, attend, dot_product_attention, visible
-from research.nn.linear import DTYPES, Linear
+from research.nn.linear import Linear
 from research.nn.norms import RMSNorm
 from research.nn.position import rotary_tables, rotate
+from research.nn.products import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from research.core.names import choose
 from research.nn.layout import on_a_mesh
-from research.nn.linear import contract
+from research.nn.products import contract
 
 MASKED = -1e30  # finite: a row that sees nothing gives the mean of all values, and no NaN
 BLOCK = 128  # queries at a time: scores of a few heads stay in cache
@@ -34,10 +34,10 @@ def visible(query_T, key_S, causal: bool, window: int | None):
     return seen
 
 
-def _weighed(q_NxTxD, k_NxSxD, v_NxSxD, visible_TxS, dtype: str) -> jax.Array:
+def _weighed(q_NxTxD, k_NxSxD, v_NxSxD, visible_NxTxS, dtype: str) -> jax.Array:
     """softmax(q k / sqrt(D)) v over the visible keys, for N heads at once (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)."""
     scores = contract("ntd,nsd->nts", q_NxTxD * q_NxTxD.shape[-1] ** -0.5, k_NxSxD, dtype)
-    weights = jax.nn.softmax(jnp.where(visible_TxS, scores, MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible_NxTxS, scores, MASKED), axis=-1)
     return contract("nts,nsd->ntd", weights, v_NxSxD, dtype)
 
 
@@ -48,7 +48,7 @@ def attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, visible_TxS, dtype: str) -> jax.Arra
     heads = k_BxSxKxD.shape[2]
     q = q_BxTxHxD.reshape(b, t, heads, -1, d).transpose(0, 2, 3, 1, 4).reshape(b * heads, -1, d)
     k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (k_BxSxKxD, v_BxSxKxD))
-    out = _weighed(q, k, v, jnp.tile(visible_TxS, (h // heads, 1)), dtype)
+    out = _weighed(q, k, v, jnp.tile(visible_TxS, (h // heads, 1))[None], dtype)
     return out.reshape(b, heads, -1, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from research.core.types import Spec
 from research.nn.functional import param
-from research.nn.linear import BIASES, DTYPES, KERNELS, contract
+from research.nn.linear import BIASES, KERNELS, per_channel
+from research.nn.products import DTYPES, matmul
 
 
 class ShortConv(nnx.Module):
@@ -22,7 +23,8 @@ class ShortConv(nnx.Module):
 
     def _convolved(self, padded_BxTxC: jax.Array, length: int) -> jax.Array:
         start = self.taps - 1
-        return sum(padded_BxTxC[:, start - i : start - i + length] * self.kernel[i] for i in range(self.taps))
+        taps = [per_channel(self.kernel[i], padded_BxTxC) for i in range(self.taps)]
+        return sum(padded_BxTxC[:, start - i : start - i + length] * tap for i, tap in enumerate(taps))
 
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
         return self._convolved(jnp.pad(x_BxTxC, [(0, 0), (self.taps - 1, 0), (0, 0)]), x_BxTxC.shape[1])
@@ -56,7 +58,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = CONVOLUTIONS[self.implementation](x, self.kernel[...], self.stride, self.padding, self.dtype)
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + per_channel(self.bias[...], y)
 
 
 def _lax(x: jax.Array, kernel: jax.Array, stride: int, padding: int, dtype: str) -> jax.Array:
@@ -81,7 +83,7 @@ def _patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int, dtype: 
         place = tuple(slice(o, o + (n - 1) * stride + 1, stride) for o, n in zip(offset, counts, strict=True))
         gathered.append(padded[(slice(None), *place)])
     rows = jnp.concatenate(gathered, axis=-1).reshape(-1, window**space * x.shape[-1])
-    y = contract("ni,io->no", rows, kernel.reshape(-1, kernel.shape[-1]), dtype)
+    y = matmul(rows, kernel.reshape(-1, kernel.shape[-1]), dtype)
     return y.reshape(x.shape[0], *counts, -1)
 
 

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from research.nn.functional import param
-from research.nn.linear import contract
+from research.nn.products import matmul
 
 
 class Embed(nnx.Module):
@@ -20,5 +20,4 @@ class Embed(nnx.Module):
 
     def logits(self, x: jax.Array, dtype: str) -> jax.Array:
         """The same table as output layer: [..., width] -> [..., vocab]."""
-        rows = x.reshape(-1, x.shape[-1])
-        return contract("nd,vd->nv", rows, self.table[...], dtype).reshape(*x.shape[:-1], -1)
+        return matmul(x, self.table[...].T, dtype)

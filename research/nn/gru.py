@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.nn.functional import param
-from research.nn.linear import BIASES, KERNELS, contract
+from research.nn.linear import BIASES, KERNELS, per_channel
+from research.nn.products import matmul
 
 
 class GRU(nnx.Module):
@@ -29,13 +30,14 @@ class GRU(nnx.Module):
         self.hidden, self.reverse, self.dtype, self.unroll = hidden, reverse, dtype, unroll
 
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
-        b, t, c = x_BxTxC.shape
-        driven = contract("ni,io->no", x_BxTxC.reshape(-1, c), self.input_kernel[...], self.dtype) + self.input_bias[...]
+        b, t, _ = x_BxTxC.shape
+        driven = matmul(x_BxTxC, self.input_kernel[...], self.dtype)
+        driven = driven + per_channel(self.input_bias[...], driven)
         driven_TxBx3H = driven.reshape(b, t, -1).swapaxes(0, 1)
-        kernel, bias = self.hidden_kernel[...], self.hidden_bias[...]
+        kernel, bias = self.hidden_kernel[...], self.hidden_bias[...][None]
 
         def step(h, driven):
-            recurrent = contract("ni,io->no", h, kernel, self.dtype) + bias
+            recurrent = matmul(h, kernel, self.dtype) + bias
             (reset, update, new), (reset_h, update_h, new_h) = (jnp.split(a, 3, axis=-1) for a in (driven, recurrent))
             update = jax.nn.sigmoid(update + update_h)
             new = jnp.tanh(new + jax.nn.sigmoid(reset + reset_h) * new_h)

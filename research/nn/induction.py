@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.nn.functional import param
-from research.nn.linear import Linear
+from research.nn.linear import Linear, per_channel
 from research.nn.ngrams import hashes
 
 
@@ -66,7 +66,8 @@ class InductionEmbed(nnx.Module):
 
 class CopyHead(nnx.Module):
     """Each order votes, in the logits, for the code that it says `followed`, as strongly as a gate read off the last hidden
-    state says: a pointer beside the vocabulary (Gu et al. 2016, arXiv 1603.06393; See et al. 2017, arXiv 1704.04368), in logits.
+    state says: a pointer beside the vocabulary (Gu et al. 2016, arXiv 1603.06393; See et al. 2017, arXiv 1704.04368), in
+    logits.
 
     (logits [batch, length, vocab], hidden [batch, length, width], codes int32 [batch, length, orders]) -> logits.
     """
@@ -76,7 +77,8 @@ class CopyHead(nnx.Module):
         self.bias = param(jnp.full((orders,), 0.3), None)
 
     def __call__(self, logits_BxTxV: jax.Array, hidden_BxTxC: jax.Array, followed_BxTxN: jax.Array) -> jax.Array:
-        votes_BxTxN = self.gate(hidden_BxTxC) + self.bias[...]
+        votes_BxTxN = self.gate(hidden_BxTxC)
+        votes_BxTxN = votes_BxTxN + per_channel(self.bias[...], votes_BxTxN)
         # a column more for what never occurred, dropped again
         by_code = jnp.pad(logits_BxTxV, [(0, 0), (0, 0), (1, 0)])
         row = jnp.arange(logits_BxTxV.shape[0])[:, None, None]

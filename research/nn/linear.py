@@ -1,52 +1,18 @@
-"""Products of activations with parameters, in a compute dtype, accumulated in float32."""
+"""Linear layers, and how kernels start."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from research.nn.functional import param
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _contract_low(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    return jnp.einsum(spec, a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype]), preferred_element_type=jnp.float32)
+from research.nn.products import matmul
 
 
-def _contract_low_forward(spec, a, b, dtype):
-    low = a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype])
-    return jnp.einsum(spec, *low, preferred_element_type=jnp.float32), low
-
-
-def _contract_low_backward(spec, dtype, saved, g):
-    # JAX's own rule would multiply the float32 cotangent with a bfloat16 operand, which no matrix unit does
-    (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    a, b = saved
-    g = g.astype(DTYPES[dtype])
-    return (
-        jnp.einsum(f"{out},{right}->{left}", g, b, preferred_element_type=jnp.float32),
-        jnp.einsum(f"{left},{out}->{right}", a, g, preferred_element_type=jnp.float32),
-    )
-
-
-_contract_low.defvjp(_contract_low_forward, _contract_low_backward)
-
-
-def contract(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    """The einsum `spec` of two float32 arrays; operands (and, backward, cotangents) rounded to `dtype`, sums and result
-    float32.
-
-    `spec` is "ab,bc->ac"-like: two operands, no ellipsis, every index in two of the three terms or in all. In bfloat16 it has
-    no forward-mode derivative (jax.jvp); reverse over reverse works.
-    """
-    if dtype == "float32":
-        return jnp.einsum(spec, a, b)
-    return _contract_low(spec, a, b, dtype)
+def per_channel(values_C: jax.Array, x: jax.Array) -> jax.Array:
+    """`values_C`, one a channel, with the rank of `x`, whose last axis is the channels."""
+    return values_C.reshape((1,) * (x.ndim - 1) + values_C.shape)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -83,6 +49,5 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])
-        y = contract("ni,io->no", rows, self.kernel[...], self.dtype).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[...]
+        y = matmul(x, self.kernel[...], self.dtype)
+        return y if self.bias is None else y + per_channel(self.bias[...], y)

@@ -1,4 +1,4 @@
-"""Normalizations over the last axis; statistics in float32 whatever comes in."""
+"""Normalizations of single examples; statistics in float32 whatever comes in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.nn.functional import param
+from research.nn.linear import per_channel
 
 EPSILON = 1e-6
 
@@ -24,7 +25,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(jnp.ones(width), axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalized(x) * self.scale[...]
+        return rms_normalized(x) * per_channel(self.scale[...], x)
 
 
 class PlainRMSNorm(nnx.Module):
@@ -47,7 +48,24 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        return rms_normalized(centred) * self.scale[...] + self.bias[...]
+        return rms_normalized(centred) * per_channel(self.scale[...], x) + per_channel(self.bias[...], x)
+
+
+class GroupNorm(nnx.Module):
+    """Each example's channels, in `groups` of equal size, normalized over the group and all of space: [batch, *space, channels]
+    (Wu and He 2018, arXiv 1803.08494, eq. 1 and 7)."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        self.scale = param(jnp.ones(channels), "channels")
+        self.bias = param(jnp.zeros(channels), "channels")
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        centred = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
+        return y * per_channel(self.scale[...], y) + per_channel(self.bias[...], y)
 
 
 NORMS = {"rms": RMSNorm, "plain_rms": PlainRMSNorm, "layer": LayerNorm}

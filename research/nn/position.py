@@ -28,13 +28,13 @@ def rotary_tables(start: int | jax.Array, length: int, head_dim: int, base: floa
     constant = isinstance(start, int) and length * head_dim // 2 <= LARGEST_CONSTANT
     numbers = np if constant else jnp
     positions = numbers.arange(length, dtype=numbers.uint32) + numbers.asarray(start).astype(numbers.uint32)
-    angle = (positions[:, None] * steps).astype(numbers.float32) * numbers.float32(2 * np.pi / TURN)
+    angle = (positions[:, None] * steps[None]).astype(numbers.float32) * numbers.float32(2 * np.pi / TURN)
     return numbers.cos(angle), numbers.sin(angle)
 
 
 def rotate(x_BxTxHxD: jax.Array, tables) -> jax.Array:
     """Turns (x_i, x_{i + D/2}) by the angle of its position. Dot products of turned queries and keys depend on distance
     alone."""
-    cos, sin = (table[:, None, :] for table in tables)
+    cos, sin = (table[None, :, None, :] for table in tables)
     first, second = jnp.split(x_BxTxHxD, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
