@@ -12,7 +12,8 @@ from research.core.names import choose
 from research.nn import checks
 from research.nn.functional import Functional, functional
 from research.nn.gru import GRU
-from research.nn.linear import DTYPES, KERNELS, Linear
+from research.nn.linear import KERNELS, Linear
+from research.nn.products import DTYPES
 
 READOUTS = ("all", "last")
 

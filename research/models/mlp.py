@@ -11,8 +11,9 @@ from flax import nnx
 from research.core.names import choose
 from research.nn import checks
 from research.nn.functional import Functional, functional
-from research.nn.linear import DTYPES, KERNELS, Linear
+from research.nn.linear import KERNELS, Linear
 from research.nn.mlp import ACTIVATIONS
+from research.nn.products import DTYPES
 
 
 class MLP(nnx.Module):

@@ -11,7 +11,8 @@ from research.core.names import choose
 from research.nn import checks
 from research.nn.conv import CONVOLUTIONS, Conv
 from research.nn.functional import Functional, functional
-from research.nn.linear import DTYPES, KERNELS, Linear
+from research.nn.linear import KERNELS, Linear
+from research.nn.products import DTYPES
 
 
 class SeriesCNN(nnx.Module):
