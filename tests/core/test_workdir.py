@@ -324,13 +324,14 @@ def test_load_run_reads_a_run_whose_checkpoints_are_replaced_under_its_eyes(tmp_
         while load_run(tmp_path).saved is None:
             time.sleep(0.01)
         steps = []
-        while len(steps) < 25 or steps[-1] < 12:
+        while len(steps) < 15 or steps[-1] < 6:
             run = load_run(tmp_path)
             assert state_sha256(run.state) == state_sha256(state_at(run.saved.step))
             steps.append(run.saved.step)
         os.kill(pid, signal.SIGKILL)
         saver.ended()
-    assert steps == sorted(steps) and not caplog.records
+    assert steps == sorted(steps)
+    assert not [record for record in caplog.records if record.name.startswith("research")]  # nothing was called damaged
 
 
 def test_load_run_before_the_first_checkpoint_and_where_there_is_none(tmp_path):
