@@ -48,7 +48,8 @@ setup:
 train: setup
 	$(python) -m research.train --config $(CONFIG) $(ARGS)
 
-# Two workers: tests mostly wait for XLA's compiler, which uses one core. tests/conftest.py keeps each to one core.
+# Two workers, since tests mostly wait for XLA's compiler, which uses one core; a file's tests stay together and share what is
+# compiled.
 test: setup
 	$(python) -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=0 $(ARGS)
 

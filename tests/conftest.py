@@ -11,9 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 for name in ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEFAULT_MATMUL_PRECISION"):
     os.environ.pop(name, None)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: one thread each for the arithmetic. It changes who computes what, not a bit of the result.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
