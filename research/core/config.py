@@ -23,7 +23,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from research.core.names import suggestion
 
-REPO = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+REPO = PACKAGE.parent
+# What holds configs/: the repository, or the package where a wheel put them. `from configs.base import base` finds them there.
+HOLDER = PACKAGE if (PACKAGE / "configs").is_dir() else REPO
 
 
 class ConfigError(ValueError):
@@ -31,17 +34,14 @@ class ConfigError(ValueError):
 
 
 def config_roots() -> list[Path]:
-    """Where a config's path is looked up, in order: as given, in the project, in the installed package."""
-    return [Path("."), REPO, REPO / "configs", Path(__file__).resolve().parents[1] / "configs"]
+    """Where a config's path is looked up, in order: as given, then in the project or the installed package."""
+    return [Path("."), HOLDER, HOLDER / "configs"]
 
 
 def known_configs() -> list[str]:
     """Paths of the configs that come with the project, as `configs/lm/stdlib.py`."""
-    for folder in (REPO / "configs", Path(__file__).resolve().parents[1] / "configs"):
-        if folder.is_dir():
-            found = sorted(p for p in folder.rglob("*.py") if p.stem not in ("base", "__init__"))
-            return [f"configs/{p.relative_to(folder).as_posix()}" for p in found]
-    return []
+    found = sorted(p for p in (HOLDER / "configs").rglob("*.py") if p.stem not in ("base", "__init__"))
+    return [p.relative_to(HOLDER).as_posix() for p in found]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -65,7 +65,7 @@ def load_module(path: Path) -> ModuleType:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"gnomon_config_{path.stem}_{digest}", path)
     module = importlib.util.module_from_spec(spec)
-    folders = [str(path.parent), *(str(r) for r in (REPO,) if (r / "configs").is_dir())]
+    folders = [str(path.parent), str(HOLDER)]
     before = list(sys.path)
     sys.path[:0] = folders
     try:
