@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "pattern": "L",
         "window": 64,
         "rope_base": 10000.0,
-        "qk_norm": True,
+        "qk_norm": 3.0,
         "mlp": "squared_relu",
         "mlp_width": 1024,
         "norm": "rms",

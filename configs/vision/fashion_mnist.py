@@ -30,7 +30,7 @@ VIT = {
     "width": 96,
     "layers": 4,
     "heads": 4,
-    "qk_norm": True,
+    "qk_norm": 1.0,
     "mlp": "gelu",
     "mlp_width": 192,
     "norm": "layer",

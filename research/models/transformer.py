@@ -96,7 +96,7 @@ def transformer(
     pattern: str,
     window: int,
     rope_base: float,
-    qk_norm: bool,
+    qk_norm: float,
     mlp: str,
     mlp_width: int,
     norm: str,
@@ -120,7 +120,8 @@ def transformer(
 
     head_dim: of a head; 0 for width / heads.
     pattern: a letter a layer, repeated: G global causal attention, L sliding attention over the `window` latest positions.
-    rope_base: of the rotary embedding, 0 for none. qk_norm: RMS-normalized queries and keys.
+    rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none, else queries and keys are
+    RMS-normalized, and the scale of queries begins at qk_norm.
     mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
     ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers for each, projected to
     width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none. copy: each

@@ -53,7 +53,7 @@ def vit(
     width: int,
     layers: int,
     heads: int,
-    qk_norm: bool,
+    qk_norm: float,
     mlp: str,
     mlp_width: int,
     norm: str,

@@ -30,7 +30,7 @@ class AttentionConfig:
     head_dim: int
     causal: bool
     rope_base: float
-    qk_norm: bool
+    qk_norm: float
     out_init: str
     dtype: str
     implementation: str
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         self.key = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
         self.value = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
         self.out = Linear(config.heads * d, width, ("heads", "embed"), dtype=dtype, init=config.out_init, rngs=rngs)
-        self.query_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
+        self.query_norm = RMSNorm(d, axis="head_dim", start=config.qk_norm, rngs=rngs) if config.qk_norm else None
         self.key_norm = RMSNorm(d, axis="head_dim", rngs=rngs) if config.qk_norm else None
 
     def _projected(self, x_BxTxC: jax.Array, start: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -19,10 +19,10 @@ def rms_normalized(x: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """`rms_normalized` times a learned scale, over [..., width]."""
+    """`rms_normalized` times a learned scale, which begins at `start`, over [..., width]."""
 
-    def __init__(self, width: int, *, axis: str | None = "embed", rngs: nnx.Rngs):
-        self.scale = param(jnp.ones(width), axis)
+    def __init__(self, width: int, *, axis: str | None = "embed", start: float = 1.0, rngs: nnx.Rngs):
+        self.scale = param(jnp.full(width, start), axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_normalized(x) * per_channel(self.scale[...], x)
