@@ -15,7 +15,7 @@ import pytest
 
 from tests.packaging import house
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 OWN_CONFIG = '''
 """A config of someone's own, outside the repository, with its own build."""
