@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.names import choose
+from research.nn.attention_blocks import Extent, attention
 from research.nn.layout import on_a_mesh
 from research.nn.products import contract
 
 MASKED = -1e30  # finite: a row that sees nothing gives the mean of all values, and no NaN
 BLOCK = 128  # queries at a time: scores of a few heads stay in cache
+MOST_BLOCKS = 16  # an unrolled loop: more would take long to compile
 
 
 def visible(query_T, key_S, causal: bool, window: int | None):
@@ -58,19 +60,6 @@ def dense(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
     return attend(q, k, v, visible(positions, positions, causal, window), dtype)
 
 
-def _by_rows(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, causal: bool, window: int | None, dtype: str) -> jax.Array:
-    """Blocks of queries, each with the keys that one of its queries can see."""
-    t = q_BxTxHxD.shape[1]
-    out = []
-    for start in range(0, t, BLOCK):
-        stop = min(start + BLOCK, t)
-        first = 0 if window is None else max(0, start - window + 1)
-        last = stop if causal else t if window is None else min(t, stop + window - 1)
-        seen = visible(np.arange(start, stop), np.arange(first, last), causal, window)
-        out.append(attend(q_BxTxHxD[:, start:stop], k_BxTxKxD[:, first:last], v_BxTxKxD[:, first:last], seen, dtype))
-    return jnp.concatenate(out, axis=1)
-
-
 def _folded(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, causal: bool, window: int, dtype: str) -> jax.Array:
     """Blocks of `window` queries, all at once: a block sees itself and its neighbours (the one before, where causal)."""
     b, t, h, d = q_BxTxHxD.shape
@@ -99,25 +88,18 @@ def _folded(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, causal: bool, window: int, dtype: s
 
 
 def blockwise(q, k, v, causal: bool, window: int | None, dtype: str) -> jax.Array:
-    """`dense` by blocks of queries, each with the keys that one of them can see; scores are computed again going backward.
+    """`dense` by blocks of queries, each with the keys that one of them can see; going backward scores are computed again.
 
     A short window is one product of all blocks. Otherwise one sequence after another, which keeps the scores in cache, or,
-    where a mesh may split the batch, one key head after another.
+    where a mesh may split the batch, one key head after another (and no forward-mode derivative, see `nn.attention_blocks`).
     """
     if window is not None and window <= BLOCK:
         return jax.checkpoint(functools.partial(_folded, causal=causal, window=window, dtype=dtype))(q, k, v)
-    axis, group = (2, q.shape[2] // k.shape[2]) if on_a_mesh() else (0, 1)
-
-    def one(parts):
-        q, k, v = parts
-        return _by_rows(q, k, v, causal, window, dtype)
-
-    def pieces(x, size):
-        split = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(split, axis, 0)
-
-    out = jax.lax.map(jax.checkpoint(one), (pieces(q, group), pieces(k, 1), pieces(v, 1)))
-    return jnp.moveaxis(out, 0, axis).reshape(q.shape)
+    b, t, h, d = q.shape
+    reach = None if window is None else window - 1
+    extent = Extent(reach, 0 if causal else reach)
+    grouped = q.reshape(b, t, k.shape[2], -1, d), k[:, :, :, None], v[:, :, :, None]
+    return attention(*grouped, extent, max(BLOCK, -(-t // MOST_BLOCKS)), dtype, on_a_mesh()).reshape(b, t, h, d)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "blockwise": blockwise}

@@ -10,25 +10,26 @@ import jax.numpy as jnp
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def _rounded(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+def rounded(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+    """The einsum `spec` of two arrays rounded to `dtype`, summed in float32. Without a rule of its own for derivatives."""
     return jnp.einsum(spec, a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype]), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _contract_low(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
-    return _rounded(spec, a, b, dtype)
+    return rounded(spec, a, b, dtype)
 
 
 def _contract_low_forward(spec, a, b, dtype):
     low = a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype])
-    return _rounded(spec, *low, dtype), low
+    return rounded(spec, *low, dtype), low
 
 
 def _contract_low_backward(spec, dtype, saved, g):
     # JAX's own rule would multiply the float32 cotangent with a bfloat16 operand, which no matrix unit does
     (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
     a, b = saved
-    return _rounded(f"{out},{right}->{left}", g, b, dtype), _rounded(f"{left},{out}->{right}", a, g, dtype)
+    return rounded(f"{out},{right}->{left}", g, b, dtype), rounded(f"{left},{out}->{right}", a, g, dtype)
 
 
 _contract_low.defvjp(_contract_low_forward, _contract_low_backward)
@@ -48,20 +49,20 @@ def contract(spec: str, a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_low(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    return _rounded("ni,io->no", x, kernel, dtype)
+    return rounded("ni,io->no", x, kernel, dtype)
 
 
 def _matmul_low_forward(x, kernel, dtype):
     low = x.astype(DTYPES[dtype]), kernel.astype(DTYPES[dtype])
-    return _rounded("ni,io->no", *low, dtype), low
+    return rounded("ni,io->no", *low, dtype), low
 
 
 def _matmul_low_backward(dtype, saved, g):
     x, kernel = saved
-    d_x = _rounded("no,io->ni", g, kernel, dtype)
+    d_x = rounded("no,io->ni", g, kernel, dtype)
     if kernel.shape[0] > kernel.shape[1]:
-        return d_x, jax.lax.optimization_barrier(_rounded("no,ni->oi", g, x, dtype)).T
-    return d_x, _rounded("ni,no->io", x, g, dtype)
+        return d_x, jax.lax.optimization_barrier(rounded("no,ni->oi", g, x, dtype)).T
+    return d_x, rounded("ni,no->io", x, g, dtype)
 
 
 _matmul_low.defvjp(_matmul_low_forward, _matmul_low_backward)
