@@ -65,8 +65,8 @@ def population(
     vary: {name: n values} of a hyperparameter, the leaf of the State whose last key is `name`, such as "learning_rate" of
         `optax.inject_hyperparams`; with further keys before it where the last is not unique ("generator/learning_rate").
     method: "vmap", or "map", which needs the memory of one member's step and is as fast where one fills the machine.
-    mesh_axis: the mesh axis over which "population" is laid, if any; without it a sharded population computes every member
-        on every device.
+    mesh_axis: the mesh axis over which "population" is laid, if any. Without it a `shard_map` or a sharding constraint within
+        the task makes every device compute all members.
 
     Raises ValueError: n below 1, an unknown choice, a hyperparameter that is not there, not unique, or of another shape.
     """
