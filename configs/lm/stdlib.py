@@ -62,11 +62,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate = {"every": 200, "batch": 8, "length": 2048, "context": 512, "windows": 32}
     config.sample = {"prompt": "def ", "tokens": 400, "temperature": 0.7, "top_k": 0}
     config.closing = ["compressors", "sample"]
-    config.train.steps = 800
+    config.train.steps = 400
     config.checkpoint.update({"every": 200, "keep_best": 1, "best": "val/bits_per_byte"})
     if arg == "30min":
-        config.model.layers = 4
-        config.train.steps = 3500
+        config.model.layers = 3
+        config.train.steps = 2000
+        config.evaluate.every = 500
     if arg == "smoke":
         config.model.update({"width": 64, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 16, "mlp_width": 128})
         config.model.update({"context": 512, "ngram_bits": 10, "ngram_width": 16, "induction": [3, 6], "dtype": "float32"})
