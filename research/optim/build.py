@@ -158,7 +158,7 @@ def chained(
     weight_decay: float = 0.0,
     clip: float = 0.0,
     schedule: Mapping[str, Any] = CONSTANT,
-    groups: Mapping[str, Mapping[str, Any]] = NONE,
+    groups: grouping.Configs = NONE,
 ) -> Optimizer:
     """The optimizer around a core.
 
@@ -169,10 +169,11 @@ def chained(
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay, "clip": clip}.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"optimizer.{name}={value} is out of range: a finite number, 0 or above")
-    taken = [g.name for g in core.groups if g.name in groups]
-    if taken:
-        raise ValueError(f"optimizer.groups.{taken[0]}: this optimizer has a group of that name; choose another")
-    own = (*grouping.groups(groups, "optimizer.groups"), *core.groups)
+    given = grouping.groups(groups, "optimizer.groups")
+    for g in given:
+        if g.name in {c.name for c in core.groups}:
+            raise ValueError(f"optimizer.groups.{g.name}: this optimizer has a group of that name; choose another")
+    own = (*given, *core.groups)
     factor = schedules.schedule(schedule, peak=1.0, steps=steps, where="optimizer.schedule")
     links = [optax.clip_by_global_norm(clip)] if clip else []
     links += [core.transformation, scale_by_rates(learning_rate, weight_decay, factor, own)]

@@ -3,8 +3,8 @@
 Groups are given as plain values, `{"embed": {"match": r"embed|head", "learning_rate": 3e-3, "weight_decay": 0.0}}`: the
 regular expression is searched in the path joined by slashes, such as "blocks/0/attention/qkv/kernel". Each value of a
 parameter is that of the first group that matches it and sets this value, else the optimizer's own: a group that sets the
-weight decay alone leaves the learning rate to the others. First means by name, in the alphabet (a ConfigDict has no other
-order).
+weight decay alone leaves the learning rate to the others. First means by name, in the alphabet, for a ConfigDict has no other
+order; a sequence of groups that hold their "name" has its own.
 """
 
 from __future__ import annotations
@@ -62,13 +62,25 @@ def group(
     return Group("", lambda path, leaf: bool(found.search(joined(path))), match, learning_rate, factor, weight_decay)
 
 
-def groups(configs: Mapping[str, Mapping[str, Any]], where: str = "groups") -> tuple[Group, ...]:
-    """The groups {name: keywords of `group`}, by name. The name is part of names in the optimizer's state,
-    "learning_rate_<name>". ValueError on an unknown key, a pattern that is none, or a name that no leaf could have."""
-    for name in configs:
-        if not re.fullmatch(r"\w+", name):
-            raise ValueError(f"{where}: the name {name!r} is none; allowed: letters, digits and underscores")
-    return tuple(call_checked(group, dict(configs[n]), f"{where}.{n}")._replace(name=n) for n in sorted(configs))
+Configs = Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]
+
+
+def groups(configs: Configs, where: str = "groups") -> tuple[Group, ...]:
+    """The groups {name: keywords of `group`} by name, or [{"name": ..., keywords of `group`}] in order. The name is part
+    of names in the optimizer's state, "learning_rate_<name>". ValueError on an unknown key, or a name that no leaf could
+    have."""
+    if hasattr(configs, "items"):  # a ConfigDict is no Mapping
+        given = [dict(own, name=name) for name, own in sorted(configs.items())]
+    else:
+        given = [dict(own) for own in configs]
+    made: dict[str, Group] = {}
+    for own in given:
+        name = own.pop("name", "")
+        if not re.fullmatch(r"\w+", name) or name in made:
+            wrong = "given twice" if name in made else "no name; allowed: letters, digits and underscores"
+            raise ValueError(f"{where}: {name!r} is {wrong}")
+        made[name] = call_checked(group, own, f"{where}.{name}")._replace(name=name)
+    return tuple(made.values())
 
 
 def assign(params: Tree, given: Sequence[Group]) -> dict[Path, Values]:

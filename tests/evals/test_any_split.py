@@ -62,8 +62,8 @@ def compiled(name):
 
 def values(name, batches):
     stats = jax.tree.map(jnp.asarray, EVALUATORS[name].init())
-    for batch in batches:
-        stats = compiled(name)(stats, VARIABLES, batch, KEY)
+    for i, batch in enumerate(batches):
+        stats = compiled(name)(stats, VARIABLES, batch, jax.random.fold_in(KEY, i))  # as evaluate gives them
     return EVALUATORS[name].finalize(jax.device_get(stats))
 
 

@@ -137,6 +137,23 @@ def test_a_population_is_its_members_one_by_one(name):
         jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=2e-2, atol=2e-4), updates, single)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs several devices")
+def test_muon_over_sharded_matrices_is_what_it_is_on_one_device():
+    devices = jax.devices()[: 2 * (len(jax.devices()) // 2)]
+    mesh = jax.make_mesh(
+        (2, len(devices) // 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices
+    )
+    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    params = {"kernel": jnp.sin(jnp.arange(256.0).reshape(16, 16)), "up": jnp.cos(jnp.arange(512.0).reshape(16, 32))}
+    tx = make({"name": "muon", "learning_rate": 0.1, "dtype": "float32"}, steps=10)
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    laid = jax.tree.map(lambda x: jax.device_put(x, rows), params)
+    state = jax.jit(tx.init)(laid)
+    found, _ = jax.jit(tx.update, out_shardings=(rows, None))(laid, state, laid)
+    assert all(x.sharding.is_equivalent_to(rows, x.ndim) for x in found.values())
+    assert_close(found, expected, rtol=1e-3)
+
+
 def test_learning_rate_is_the_last_key_of_exactly_one_leaf():
     for config in CASES.values():
         paths = [path for path, _ in leaves_with_paths(make(config, steps=10).init(PARAMS))]

@@ -23,6 +23,16 @@ def test_the_first_group_by_name_that_matches_wins():
     assert found["blocks/1/bias"].weight_decay == "weight_decay"
 
 
+def test_a_sequence_keeps_its_own_order():
+    given = [{"name": "z", "match": "kernel", "factor": 2.0}, {"name": "a", "match": "blocks", "factor": 3.0}]
+    found = {joined(path): v.factor for path, v in assign(PARAMS, groups(given)).items()}
+    assert found["blocks/0/kernel"] == 2.0 and found["blocks/0/bias"] == 3.0
+    with pytest.raises(ValueError, match="groups: 'a' is given twice"):
+        groups([{"name": "a", "match": "kernel", "factor": 2.0}, {"name": "a", "match": "bias", "factor": 2.0}])
+    with pytest.raises(ValueError, match="groups: '' is no name"):
+        groups([{"match": "kernel", "factor": 2.0}])
+
+
 def test_a_group_leaves_what_it_does_not_set_to_later_groups():
     found = assigned(a={"match": "bias", "weight_decay": 0.0}, b={"match": "blocks/0", "learning_rate": 1e-3, "factor": 0.5})
     assert found["blocks/0/bias"] == ("learning_rate_b", 0.5, "weight_decay_a")
@@ -54,7 +64,7 @@ def test_an_optimizers_own_group_may_be_empty():
         ({"a": {"match": "b(", "factor": 1.0}}, r"groups.match='b\(' is no regular expression"),
         ({"a": {"match": "bias", "lr": 1.0}}, r"groups.a.lr is unknown; allowed in groups.a: match"),
         ({"a": {"factor": 1.0}}, r"groups.a lacks groups.a.match"),
-        ({"a/b": {"match": "bias", "factor": 1.0}}, "the name 'a/b' is none"),
+        ({"a/b": {"match": "bias", "factor": 1.0}}, "groups: 'a/b' is no name; allowed: letters"),
     ],
 )
 def test_a_group_that_cannot_be_is_refused_in_one_line(configs, message):
