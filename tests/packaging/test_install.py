@@ -98,7 +98,7 @@ def test_a_clone_in_a_path_with_spaces_without_a_home_trains(tmp_path):
     assert "set-up:" not in trained.stdout
     summaries = list((root / "runs").glob("*/summary.json"))
     assert len(summaries) == 1 and "state_sha256" in json.loads(summaries[0].read_text())
-    run(["make", "test", "ARGS=tests/test_arrows.py --no-cov"], cwd=root, env=odd)
+    run(["make", "test", "ARGS=tests/core/test_names.py --no-cov"], cwd=root, env=odd)
 
 
 @pytest.fixture(scope="module")
