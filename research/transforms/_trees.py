@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -20,11 +18,6 @@ def axes_of(task: Task) -> Tree:
 def inside(variables: Variables, frozen: Tree) -> Variables:
     """Variables of an inner task whose frozen is `frozen`."""
     return {**variables, "frozen": frozen}
-
-
-def described(x: Any) -> str:
-    """float32[3,4]"""
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def nested_axis(name: str | None) -> str | None:

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.core.contracts import abstract_batch, abstract_key, abstract_variables
+from research.core.contracts import abstract_batch, abstract_key, abstract_variables, described
 from research.core.names import choose
 from research.core.tree import Path, joined, leaves_with_paths, nested
 from research.core.types import Aux, Batch, Example, Key, Method, Task, Tree, Variables
 from research.transforms._example import small_classifier
-from research.transforms._trees import axes_of, described
+from research.transforms._trees import axes_of
 
 PER = {"task": "sum of weight x loss", "example": "mean over all examples, each times its task's weight"}
 

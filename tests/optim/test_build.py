@@ -8,7 +8,9 @@ import optax
 import pytest
 
 from research.core.tree import joined, leaves_with_paths
+from research.learners import gradient, population
 from research.optim import OPTIMIZERS, describe, make, optimizer, rates
+from research.transforms._example import small_classifier
 
 PARAMS = {
     "embed": {"table": jnp.linspace(-1, 1, 32).reshape(8, 4)},
@@ -164,6 +166,20 @@ def test_a_config_dict_does_as_a_dict_does():
     plain = {**MUON, "schedule": {"name": "wsd", "warmup": 0.1}, "groups": {"z": {"match": "embed", "factor": 2.0}}}
     frozen = ml_collections.FrozenConfigDict(ml_collections.ConfigDict(plain))
     assert_close(step(make(frozen, steps=10))[0], step(make(plain, steps=10))[0])
+
+
+def test_the_learner_population_varies_and_logs_it_by_name():
+    task = small_classifier()
+    tx = make({**MUON, "layouts": {}, "schedule": {"name": "linear", "warmup": 2}}, steps=10)
+    learner = population(gradient(task, tx), 2, {"learning_rate": (0.1, 0.2), "learning_rate_adam": (0.0, 0.01)})
+    state = learner.init(jax.random.key(0))
+    batch = {"inputs": jnp.ones((8, 3)), "targets": jnp.zeros(8, jnp.int32), "mask": jnp.ones(8)}
+    after, _ = jax.jit(learner.step)(state, batch, jax.random.key(1))
+    found = rates(after["opt"])
+    np.testing.assert_allclose(found["learning_rate"], [0.05, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(found["learning_rate_adam"], [0.0, 0.005], rtol=1e-6)
+    moved = jnp.abs(after["params"]["head"]["bias"] - state["params"]["head"]["bias"]).max(1)
+    assert moved[0] == 0 and moved[1] > 0
 
 
 @pytest.mark.parametrize(
