@@ -23,6 +23,7 @@ from research.core.config import load_config, parse_overrides, split_name
 from research.core.flops import step_flops
 from research.core.hooks import JsonLines
 from research.core.loop import INTERRUPTED, Outcome
+from research.core.memory import keep_freed_memory
 from research.core.progress import Progress, measured_matmul_peak
 from research.core.report import write_report
 from research.core.tensorboard import TensorBoard
@@ -61,6 +62,7 @@ def default_workdir(name: str, suffix: str = "") -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
+    keep_freed_memory()
     with cli.one_line_errors("train"):
         overrides = parse_overrides(rest)
         if args.seeds < 1:

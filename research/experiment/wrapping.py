@@ -51,17 +51,9 @@ def learner_of(config: Any, task: Task) -> Learner:
     around = config.estimate.wrap
     base = called(BASES, _without(config.estimate, "wrap", *around), "estimate")
     estimate = wrapped(base, ESTIMATES, {k: config.estimate[k] for k in ("wrap", *around) if k in config.estimate}, "estimate")
-    tx = optim.make(_optimizer(config.optimizer), steps=config.train.steps)
+    tx = optim.make(arguments(config.optimizer), steps=config.train.steps)
     base = learners.gradient(task, tx, estimate, watch=arguments(config.learner.watch))
     return wrapped(base, LEARNERS, _without(config.learner, "watch"), "learner")
-
-
-def _optimizer(section: Any) -> dict[str, Any]:
-    """The section as `optim.make` takes it: optimizer.groups.<name>={match, ...} become a list in the order of their names."""
-    given = arguments(section)
-    if "groups" in given:
-        given["groups"] = [{"name": name, **group} for name, group in sorted(given["groups"].items())]
-    return given
 
 
 def _without(section: Any, *keys: str) -> dict[str, Any]:
