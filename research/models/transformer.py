@@ -26,7 +26,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
                  ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
-                 tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+                 tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: bool,
+                 rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
         # a tied table is also the output layer, whose logits should start small
@@ -118,18 +119,17 @@ def transformer(
 ) -> Functional:
     """A decoder-only transformer: pre-norm blocks, int32 [batch, length <= context] -> logits [batch, length, vocab].
 
-    head_dim: of a head; 0 for width / heads.
-    pattern: a letter a layer, repeated: G global causal attention, L sliding attention over the `window` latest positions.
-    rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none, else queries and keys are
-    RMS-normalized, and the scale of queries begins at qk_norm.
-    mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short convolution, 0 for none.
-    ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers for each, projected to
-    width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for none. copy: each
-    of these votes for its token in the logits, too. embed_scale: deviation that token embeddings start with (width^-1/2 where
-    they are tied to the output layer). embed_norm: the sum of all embeddings is RMS-normalized.
-    zero_init: what is added to the residual stream, and the output layer, start at zero. dtype: operands of products, float32
-    or bfloat16; parameters, sums and the residual stream are float32. attention: see `nn.attention_core`. scan_layers: one
-    scan over stacked layers. remat: recompute each block when going backward.
+    Attention. head_dim: of a head; 0 for width / heads. pattern: a letter a layer, repeated: G global causal attention, L
+    sliding attention over the `window` latest positions. rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none,
+    else queries and keys are RMS-normalized, and the scale of queries begins at qk_norm. attention: an implementation, see
+    `nn.attention_core`. Blocks. mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a
+    short causal convolution before attention, 0 for none. zero_init: what is added to the residual stream, and the output
+    layer, start at zero. Embeddings. embed_scale: the deviation they start with. tie_embeddings: the table is the output
+    layer, too (then width^-1/2 is a good scale). ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows
+    of ngram_width numbers for each, projected to width. induction: orders n of embeddings of what followed the last n tokens
+    when they last occurred, [] for none; copy: each of these votes for its token in the logits, too. embed_norm: the sum of
+    all embeddings is RMS-normalized. Computing. dtype: operands of products, float32 or bfloat16; parameters, sums and the
+    residual stream are float32. scan_layers: one scan over stacked layers. remat: recompute each block when going backward.
 
     Raises ValueError, naming the config's key, for sizes that cannot work.
     """
