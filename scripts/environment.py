@@ -301,7 +301,7 @@ class Doing(NamedTuple):
             return f"installing {self.what}: {min(len(list(self.site.glob('*.dist-info'))), total)} of {total}"
         names = [line.split()[1] for line in lines if line.startswith("Collecting ")]
         if not names:
-            return f"looking for {self.what}"
+            return f"preparing {self.what}"
         of = f" of at most {self.total}" if self.total else ""
         return f"fetching {self.what}: {len(names)}{of}, {re.split('[=<>!~;[]', names[-1])[0]}"
 
