@@ -253,33 +253,38 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             return f"{path / 'meta.json'} cannot be read ({type(error).__name__})"
 
+    def _complete(self) -> set[Path]:
+        return {path for path in self._folders() if _NAME.fullmatch(path.name)}
+
     def _entries(self) -> list[_Entry]:
         """Every complete checkpoint; one whose meta.json cannot be read is put aside."""
-        entries = []
-        for path in self._folders():
-            if _NAME.fullmatch(path.name):
+        while True:
+            entries, listed = [], self._complete()
+            for path in listed:
                 entry = self._entry(path)
                 if isinstance(entry, str):
                     self._put_aside(path, entry)
                 else:
                     entries.append(entry)
-        return entries
+            if not self.read_only or self._complete() == listed:  # a reader looks again until nothing moves under its eyes
+                return entries
 
     def _damage(self, entry: _Entry) -> str | None:
         return files.damage(entry.saved.path) or (entry.frozen and files.damage(self._frozen(entry))) or None
 
     def _first_intact(self, ordered: Callable[[list[_Entry]], list[_Entry]]) -> Saved | None:
         while True:
-            entries = ordered(self._entries())
-            for entry in entries:
+            for entry in ordered(self._entries()):
                 problem = self._damage(entry)
                 if problem is None:
                     return entry.saved
+                if self.read_only and not entry.saved.path.exists():
+                    break  # the process that writes here has put a newer one in its place meanwhile: look again
                 self._put_aside(entry.saved.path, problem)
                 if entry.frozen and self._frozen(entry).exists() and files.damage(self._frozen(entry)):
                     self._put_aside(self._frozen(entry), problem)
-            if not self.read_only or all(entry.saved.path.exists() for entry in entries):
-                return None  # else the process that writes here has put newer ones in their place meanwhile: look again
+            else:
+                return None
 
     def _put_aside(self, path: Path, problem: str) -> None:
         if self.read_only:

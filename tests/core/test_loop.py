@@ -174,9 +174,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_its_cause():
         given = toy.batch(i)
         return {**given, "inputs": given["inputs"] * (np.inf if i == 6 else 1)}
 
-    with pytest.raises(
-        NonFiniteError, match=r"at step 6; on replay: (NaN|infinity) in the input inputs"
-    ):
+    with pytest.raises(NonFiniteError, match=r"at step 6; on replay: (NaN|infinity) in the input inputs"):
         fit(toy.learner(), from_function(batch), 30, key=toy.KEY, log_every=10)
     with pytest.raises(NonFiniteError, match=r"at step 6$"):
         fit(toy.learner(), from_function(batch), 30, key=toy.KEY, log_every=10, replay=False)
