@@ -30,8 +30,7 @@ class Transformer(nnx.Module):
                  rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
-        # a tied table is also the output layer, whose logits should start small
-        self.embed = Embed(vocab, width, scale=width**-0.5 if tie_embeddings else embed_scale, rngs=rngs)
+        self.embed = Embed(vocab, width, scale=embed_scale, rngs=rngs)
         self.embed_norm = NORMS["plain_rms"](width, rngs=rngs) if embed_norm else None
         recalls = bool(ngrams or induction)
         grams = (ngrams, ngram_bits, ngram_width)
@@ -122,14 +121,19 @@ def transformer(
     Attention. head_dim: of a head; 0 for width / heads. pattern: a letter a layer, repeated: G global causal attention, L
     sliding attention over the `window` latest positions. rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none,
     else queries and keys are RMS-normalized, and the scale of queries begins at qk_norm. attention: an implementation, see
-    `nn.attention_core`. Blocks. mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a
-    short causal convolution before attention, 0 for none. zero_init: what is added to the residual stream, and the output
-    layer, start at zero. Embeddings. embed_scale: the deviation they start with. tie_embeddings: the table is the output
-    layer, too (then width^-1/2 is a good scale). ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows
-    of ngram_width numbers for each, projected to width. induction: orders n of embeddings of what followed the last n tokens
-    when they last occurred, [] for none; copy: each of these votes for its token in the logits, too. embed_norm: the sum of
-    all embeddings is RMS-normalized. Computing. dtype: operands of products, float32 or bfloat16; parameters, sums and the
-    residual stream are float32. scan_layers: one scan over stacked layers. remat: recompute each block when going backward.
+    `nn.attention_core`.
+
+    Blocks. mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short causal
+    convolution before attention, 0 for none. zero_init: what is added to the residual stream, and the output layer, start at
+    zero.
+
+    Embeddings. embed_scale: the deviation they start with. tie_embeddings: the table is the output layer, too (then width^-1/2
+    is a good scale). ngrams: orders n of hashed n-gram embeddings, [] for none: 2^ngram_bits rows of ngram_width numbers each,
+    projected to width. induction: orders n of embeddings of what followed the last n tokens when they last occurred, [] for
+    none; copy: each of these votes for its token in the logits, too. embed_norm: the sum of all embeddings is RMS-normalized.
+
+    Computing. dtype: operands of products, float32 or bfloat16; parameters, sums and the residual stream are float32.
+    scan_layers: one scan over stacked layers. remat: recompute each block when going backward.
 
     Raises ValueError, naming the config's key, for sizes that cannot work.
     """

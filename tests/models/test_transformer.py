@@ -1,0 +1,195 @@
+"""The transformer: decoding equals reading, scanned layers equal written-out ones, and what cannot be built is refused."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.models import transformer
+from research.nn import stack
+
+VALUES = 2e-5
+KEY = jax.random.key(0)
+BASE = {
+    "vocab": 5, "context": 12, "width": 8, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 0, "pattern": "G", "window": 4,
+    "rope_base": 1e4, "qk_norm": 0.0, "mlp": "squared_relu", "mlp_width": 12, "norm": "rms", "conv": 0, "dropout": 0.0,
+    "ngrams": [], "ngram_bits": 4, "ngram_width": 4, "induction": [], "copy": False, "tie_embeddings": False,
+    "embed_scale": 1.0, "embed_norm": False, "zero_init": False, "dtype": "float32", "attention": "dense",
+    "scan_layers": False, "remat": False,
+}  # fmt: skip
+
+
+@functools.cache
+def built(options):
+    return transformer(**BASE | dict(options))
+
+
+def model(**options):
+    return built(tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())))
+
+
+def tokens(batch=2, length=12):
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, 5)
+
+
+def decoded(f, variables, given, sizes, compiled=True):
+    """Logits of `given`, read in pieces of `sizes` through the cache."""
+
+    def decode(*args):
+        return f.apply(*args, method="decode")[0]
+
+    decode = jax.jit(decode) if compiled else decode
+    specs = f.ask("cache_specs", given.shape[0])
+    cache, at, out = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs), 0, []
+    for size in sizes:
+        logits, cache = decode(variables, given[:, at : at + size], cache, jnp.int32(at))
+        out.append(logits)
+        at += size
+    assert at == given.shape[1]
+    return jnp.concatenate(out, axis=1)
+
+
+COMBINATIONS = list(itertools.product([0.0, 1e4], [1, 4], ["G", "L", "LG"], [0.0, 2.0]))
+
+
+@pytest.mark.parametrize("rope_base, kv_heads, pattern, qk_norm", COMBINATIONS)
+def test_decoding_in_pieces_equals_reading_at_once(rope_base, kv_heads, pattern, qk_norm):
+    f = model(rope_base=rope_base, kv_heads=kv_heads, pattern=pattern, qk_norm=qk_norm)
+    variables = f.init(KEY)
+    given = tokens()
+    whole = f.apply(variables, given)[0]
+    # not compiled: all these models share their operations
+    got = decoded(
+        f, variables, given, (6, 6), compiled=False
+    )  # the second piece overwrites part of a rolling cache that it still reads
+    np.testing.assert_allclose(got, whole, atol=VALUES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "LG", "conv": 3, "ngrams": [2, 3], "induction": [1, 2], "copy": True, "embed_norm": True, "qk_norm": 3.0},
+        {"pattern": "LG", "scan_layers": True, "layers": 4, "kv_heads": 2, "tie_embeddings": True, "norm": "layer"},
+    ],
+)
+def test_decoding_token_by_token_equals_reading_at_once_with_everything_on(options):
+    f = model(**options)
+    variables = f.init(KEY)
+    given = tokens()
+    whole = jax.jit(lambda v, x: f.apply(v, x)[0])(variables, given)
+    np.testing.assert_allclose(decoded(f, variables, given, (5, *[1] * 7)), whole, atol=VALUES)
+
+
+def test_a_rolling_cache_is_as_long_as_the_window_and_a_full_one_as_the_context():
+    f = model(pattern="LG")
+    specs = f.ask("cache_specs", 3)["blocks"]
+    assert specs["0"]["attention"]["key"].shape == (3, 4, 4, 2)
+    assert specs["1"]["attention"]["key"].shape == (3, 12, 4, 2)
+    assert specs["0"]["attention"]["key"].axes == ("batch", "window", "kv_heads", "head_dim")
+    assert specs["1"]["attention"]["key"].axes == ("batch", "context", "kv_heads", "head_dim")
+
+
+@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+def test_a_token_changes_no_logits_before_it(attention):
+    f = model(pattern="LG", conv=3, ngrams=[2], induction=[1], copy=True, attention=attention)
+    variables = f.init(KEY)
+    read = jax.jit(lambda v, x: f.apply(v, x)[0])
+    given = tokens()
+    changed = given.at[:, 7].set((given[:, 7] + 1) % 5)
+    before, after = read(variables, given), read(variables, changed)
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert not np.allclose(before[:, 7], after[:, 7])
+
+
+def test_scanned_layers_are_the_same_function_as_written_out_ones():
+    written, scanned = (model(pattern="LG", layers=4, scan_layers=scan, mlp="swiglu") for scan in (False, True))
+    variables = written.init(KEY)
+    params = variables["params"]
+    converted = {**variables, "params": {**params, "blocks": stack.stack_layers(params["blocks"], 2)}}
+    assert jax.tree.structure(converted) == jax.tree.structure(scanned.init(KEY))
+    given = tokens()
+
+    def both(f, variables):
+        def loss(params):
+            return jnp.mean(jnp.square(f.apply({**variables, "params": params}, given)[0]))
+
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+    value, grads = both(written, variables)
+    value_scanned, grads_scanned = both(scanned, converted)
+    np.testing.assert_allclose(value_scanned, value, rtol=1e-5)
+    grads = {**grads, "blocks": stack.stack_layers(grads["blocks"], 2)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads_scanned, grads)
+
+
+def test_blockwise_attention_in_bfloat16_is_near_dense_in_float32():
+    exact = model()
+    variables = exact.init(KEY)
+    low = model(attention="blockwise", dtype="bfloat16")
+    a, b = (f.apply(variables, tokens())[0] for f in (exact, low))
+    assert b.dtype == jnp.float32
+    assert 1e-5 < float(jnp.abs(a - b).max()) < 0.1
+
+
+def test_zero_init_starts_at_uniform_probabilities_and_tied_tables_have_no_head():
+    f = model(zero_init=True)
+    np.testing.assert_array_equal(f.apply(f.init(KEY), tokens())[0], np.zeros((2, 12, 5)))
+    assert "head" not in model(tie_embeddings=True).init(KEY)["params"]
+
+
+def test_the_scale_of_queries_begins_where_it_is_told():
+    scale = model(qk_norm=3.0).init(KEY)["params"]["blocks"]["0"]["attention"]["query_norm"]["scale"]
+    np.testing.assert_array_equal(scale, [3.0, 3.0])
+
+
+def test_dropout_is_on_in_training_only():
+    f = model(dropout=0.5)
+    variables = f.init(KEY)
+    one, two = (f.apply(variables, tokens(), key=jax.random.key(i), train=True)[0] for i in (1, 2))
+    assert not np.array_equal(one, two)
+    one, two = (f.apply(variables, tokens(), key=jax.random.key(i))[0] for i in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_every_parameter_names_its_axes():
+    f = model(pattern="LG", conv=3, qk_norm=1.0, mlp="swiglu", ngrams=[2], induction=[1], copy=True, norm="layer")
+    shapes = jax.eval_shape(f.init, KEY)["params"]
+    jax.tree.map(lambda x, axes: None if len(axes) == x.ndim else pytest.fail(str((x, axes))), shapes, f.axes["params"])
+    block = f.axes["params"]["blocks"]["0"]
+    assert block["attention"]["query"]["kernel"] == jax.P("embed", "heads")
+    assert block["attention"]["key"]["kernel"] == jax.P("embed", "kv_heads")
+    assert block["mlp"]["down"]["kernel"] == jax.P("mlp", "embed")
+    assert f.axes["params"]["head"]["kernel"] == jax.P("embed", "vocab")
+
+
+IMPOSSIBLE = [
+    ({"width": 100, "heads": 3, "kv_heads": 3}, "model.width=100 is not divisible by model.heads=3; nearest: 99 or 102"),
+    ({"kv_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3; nearest: 3 or 6"),
+    ({"kv_heads": 0}, "model.kv_heads=0 must be at least 1"),
+    ({"width": 12}, "model.head_dim=3 is odd, and rotary embedding (model.rope_base=10000.0) turns pairs; nearest: 2 or 4"),
+    ({"pattern": "L", "window": 0}, "model.window=0 must be at least 1"),
+    ({"pattern": "LLLG"}, "model.layers=2 is not divisible by the length of model.pattern=4; nearest: 4"),
+    ({"pattern": "LX"}, "model.pattern='LX' must be letters G (global) and L (sliding), such as 'LLLG'"),
+    ({"pattern": ""}, "model.pattern='' must be letters"),
+    ({"layers": 0}, "model.layers=0 must be at least 1"),
+    ({"dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
+    ({"mlp": "swigelu"}, "model.mlp='swigelu' is unknown; allowed: gelu, relu, silu, squared_relu, swiglu; nearest: 'swiglu'"),
+    ({"norm": "rmsnorm"}, "model.norm='rmsnorm' is unknown; allowed: layer, plain_rms, rms"),
+    ({"dtype": "bfloat"}, "model.dtype='bfloat' is unknown; allowed: bfloat16, float32; nearest: 'bfloat16'"),
+    ({"attention": "flash"}, "model.attention='flash' is unknown; allowed: blockwise, dense"),
+    ({"conv": -1}, "model.conv=-1 must be 0 (none) or the number of taps"),
+    ({"copy": True}, "model.copy=True copies what model.induction finds"),
+    ({"ngrams": [2], "ngram_bits": 40}, "model.ngram_bits=40 must be at least 1 and at most 24"),
+    ({"ngrams": [0]}, "model.ngrams and model.induction: each=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("options, message", IMPOSSIBLE)
+def test_what_cannot_be_built_is_refused_in_one_line_by_key(options, message):
+    with pytest.raises(ValueError) as error:
+        transformer(**BASE | options)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
