@@ -14,8 +14,8 @@ from research.models.cnn import halved
 from research.models.mnist1d import PARAMETERS
 
 KEY = jax.random.key(0)
-MLP = {"shape": [3, 2], "outputs": 4, "hidden": [5, 5], "activation": "tanh", "residual": False, "dropout": 0.0, "init": "normal",
-       "dtype": "float32"}  # fmt: skip
+MLP = {"shape": [3, 2], "outputs": 4, "hidden": [5, 5], "activation": "tanh", "residual": False, "dropout": 0.0,
+       "init": "normal", "dtype": "float32"}  # fmt: skip
 CNN = {"shape": [9, 9, 2], "outputs": 3, "widths": [4, 6], "blocks": 2, "normalization": "batch", "residual": True,
        "dropout": 0.0, "dtype": "float32", "convolution": "lax"}  # fmt: skip
 VIT = {"shape": [8, 4, 1], "outputs": 3, "patch": 4, "width": 8, "layers": 2, "heads": 2, "qk_norm": 1.0, "mlp": "gelu",
