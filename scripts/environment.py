@@ -350,12 +350,29 @@ def remove(folder: Path) -> None:
         raise SetupError(f"{error.filename or folder} cannot be removed: {error.strerror}") from error
 
 
-def create(made: Environment, held: IO[str]) -> None:
+def create(made: Environment, say: Progress, held: IO[str]) -> None:
     """An empty environment. `python -m venv` rather than the module, so that its failures can be told in a line."""
-    command = [sys.executable, "-I", "-m", "venv", str(made.folder)]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, pass_fds=[held.fileno()])
-    if result.returncode:
-        output = result.stdout + result.stderr
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-m", "venv", str(made.folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=[held.fileno()],
+    )
+    output = None
+    try:
+        while output is None:
+            try:
+                output = child.communicate(timeout=0.25)[0]
+            except subprocess.TimeoutExpired:
+                say.now("preparing an empty environment")
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if child.returncode:
         if any(words in output for words in FULL):
             raise SetupError(explain(output.splitlines(), made))
         said = [line for line in output.splitlines() if line.strip()] or ["no output"]
@@ -402,7 +419,7 @@ def set_up(made: Environment, say: Progress) -> None:
             if only_the_project:
                 made.stamp.unlink()
             else:
-                create(made, held)
+                create(made, say, held)
                 install_packages(made, work, say, held)
             install_project(made, work, say, held)
             draft = made.stamp.with_suffix(".draft")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["MPLBACKEND"] = "Agg"
 for name in ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEFAULT_MATMUL_PRECISION"):
     os.environ.pop(name, None)
+os.environ.pop("MPLBACKEND", None)  # nor set here: in a notebook's kernel it would keep plots out of the notebook
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 
+matplotlib.use("Agg")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -78,7 +78,7 @@ def calls(iterator: BatchIterator, step: int, steps: int, per_call: int, put: Ca
         step += n
 
 
-def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, up to `depth` made ahead in a thread. What the thread raises is raised here, in its place; closing the
     generator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)

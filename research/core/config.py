@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -63,7 +63,7 @@ def find(name: str) -> Path:
 def load_module(path: Path) -> ModuleType:
     """A config file as a module of its own, with its folder's name in front so that two may be called alike."""
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"gnomon_config_{path.stem}_{digest}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"gnomon_config_{path.stem}_{digest}", path)
     module = importlib.util.module_from_spec(spec)
     folders = [str(path.parent), str(HOLDER)]
     before = list(sys.path)
@@ -84,7 +84,7 @@ def arguments(module: ModuleType) -> list[str]:
     return sorted(getattr(module, "ARGS", ("smoke",)))
 
 
-def load_config(name: str, overrides: Mapping[str, str] | Sequence[str] = (), **values: Any) -> FrozenConfigDict:
+def load_config(name: str, overrides: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> FrozenConfigDict:
     """The config called `path[:arg]`, overridden, frozen.
 
     overrides: {"a.b": "text as on the command line"}. values: the same with Python values and "__" for ".":
@@ -155,7 +155,7 @@ def _converted(value: Any, old: Any, kind: type, key: str) -> Any:
     if old is None and text.lower() == "none":
         return None
     try:
-        literal = {"true": True, "false": False}.get(text.lower()) if kind is bool else ast.literal_eval(text)
+        literal: Any = {"true": True, "false": False}.get(text.lower()) if kind is bool else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         raise refuse(_WANTED.get(kind, kind.__name__)) from None
     if kind is bool and isinstance(literal, bool):

@@ -66,14 +66,19 @@ def compiled(learner: Learner, layout: Layout | None) -> Program:
         return learner.init(key) if variables is None else learner.init(key, variables)
 
     abstract = jax.eval_shape(learner.init, jax.random.key(0))
-    once = {"static_argnums": 2, "donate_argnums": 0}
     if layout is None:
-        return Program(jax.jit(begin), jax.jit(steps, **once), jax.device_put, abstract)
+        return Program(jax.jit(begin), jax.jit(steps, static_argnums=2, donate_argnums=0), jax.device_put, abstract)
     states, whole = layout.shardings(learner.axes, abstract, "state"), layout.replicated
     stacked = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), layout.batch_shardings(learner.batch))
     return Program(
         jax.jit(begin, out_shardings=states),
-        jax.jit(steps, in_shardings=(states, stacked, whole), out_shardings=(states, whole), **once),
+        jax.jit(
+            steps,
+            static_argnums=2,
+            donate_argnums=0,
+            in_shardings=(states, stacked, whole),
+            out_shardings=(states, whole),
+        ),
         lambda batches: jax.device_put(batches, stacked),
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, states),
     )
@@ -137,7 +142,8 @@ def train(
     with entered(mesh), interrupts() as interrupted, contextlib.ExitStack() as closing:
         program = compiled(learner, mesh)
         state = owned(program.init(k_init, variables) if state is None else state, program.abstract)
-        step, results, seen, stop = int(state["step"]), {}, [], None
+        results: dict[str, Any] = {}
+        step, seen, stop = int(state["step"]), [], None
         measured = {name: evaluator_run(e, mesh) for name, e in evaluations.items()}
         guard = Replay(learner, k_run, replay)
         guard.anchor(state)
@@ -146,8 +152,8 @@ def train(
             contracts.check_batch(stacked, learner.batch, batches.fingerprint, leading=1)
             return program.put(stacked)
 
-        def evaluate(names):
-            fresh = {}
+        def evaluate(names, state):
+            fresh: dict[str, Any] = {}
             for name in names:
                 values = measured[name](learner.variables(state), jax.random.fold_in(k_eval, step))
                 fresh |= {f"{name}/{k}": v for k, v in values.items()}
@@ -161,7 +167,7 @@ def train(
             closing.callback(hook.close)
             hook.start(step, steps, learner, stage)
         if step >= steps:  # ended before, but perhaps not measured
-            results |= evaluate(evaluations)
+            results |= evaluate(evaluations, state)
 
         for call in drawn:
             state, new = program.step(state, call.batches, call.length, k_run)
@@ -184,14 +190,14 @@ def train(
                 seen = []
                 for hook in hooks:
                     hook.log(step, metrics.averaged(host))
-            fresh = {} if halt else evaluate(due)
+            fresh = {} if halt else evaluate(due, state)
             stop = INTERRUPTED if halt else next((reason for h in hooks if (reason := h.stop(step))), None)
             if stop and not halt:  # stopped early for good: what is measured once at the end is measured now
-                fresh |= evaluate([name for name in evaluations if name not in due])
+                fresh |= evaluate([name for name in evaluations if name not in due], state)
             results |= fresh
-            if saving or (checkpoints and stop):
-                where = {"batches": call.position, "fingerprint": batches.fingerprint, "reason": stop or ""}
-                checkpoints.save(state, stage=stage, position=where, metrics=fresh)
+            if checkpoints and (saving or stop):
+                place = {"batches": call.position, "fingerprint": batches.fingerprint, "reason": stop or ""}
+                checkpoints.save(state, stage=stage, position=place, metrics=fresh)
                 for hook in hooks:
                     hook.saved(step)
             if stop:
@@ -230,7 +236,7 @@ def run(stages: Sequence[Stage], *, key: Key, checkpoints: Checkpoints | None = 
         state = position = None
         if saved and index < saved.stage:
             continue
-        if saved and index == saved.stage:
+        if saved and checkpoints and index == saved.stage:
             state, position = resumed(saved, checkpoints, learner, batches, options.get("mesh"))
             if ended_early(saved):
                 steps = int(state["step"])
@@ -251,12 +257,22 @@ def run(stages: Sequence[Stage], *, key: Key, checkpoints: Checkpoints | None = 
 
 def ended_early(saved: Saved) -> bool:
     """Whether this checkpoint closed its stage before its steps were done, by a hook's decision."""
-    return saved.position["reason"] not in ("", INTERRUPTED)
+    return where(saved)["reason"] not in ("", INTERRUPTED)
 
 
-def resumed(saved: Saved, checkpoints: Checkpoints, learner: Learner, batches: Batches, mesh: Layout | None):
+def where(saved: Saved) -> Mapping[str, Any]:
+    """What `train` saved beside a State: {"batches": iterator state, "fingerprint", "reason"}."""
+    if saved.position is None:
+        raise ValueError(f"{saved.path} was not saved by a run: it has no position")
+    return saved.position
+
+
+def resumed(
+    saved: Saved, checkpoints: Checkpoints, learner: Learner, batches: Batches, mesh: Layout | None
+) -> tuple[State, Mapping[str, Any]]:
     """(state, batch position) from a checkpoint. ValueError where the batches are not those it was saved with."""
-    if saved.position["fingerprint"] != batches.fingerprint:
-        raise ValueError(f"{saved.path}: its batches were {saved.position['fingerprint']}, now they are {batches.fingerprint}")
+    position = where(saved)
+    if position["fingerprint"] != batches.fingerprint:
+        raise ValueError(f"{saved.path}: its batches were {position['fingerprint']}, now they are {batches.fingerprint}")
     with entered(mesh):
-        return checkpoints.load(saved, compiled(learner, mesh).abstract), saved.position["batches"]
+        return checkpoints.load(saved, compiled(learner, mesh).abstract), position["batches"]

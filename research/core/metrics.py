@@ -27,7 +27,11 @@ def mean(pair: tuple[Array, Array]) -> Array:
 def stack_on_host(calls: Sequence[Metrics]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Metrics of several calls, each with a leading axis of steps, as NumPy arrays of all their steps."""
     host = jax.device_get(list(calls))
-    return {k: tuple(np.concatenate([np.asarray(m[k][i]) for m in host]) for i in (0, 1)) for k in host[0]} if host else {}
+    return {k: (_joined(host, k, 0), _joined(host, k, 1)) for k in host[0]} if host else {}
+
+
+def _joined(calls: Sequence[Metrics], name: str, which: int) -> np.ndarray:
+    return np.concatenate([np.asarray(call[name][which]) for call in calls])
 
 
 def averaged(stacked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

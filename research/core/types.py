@@ -10,8 +10,8 @@ Trees. `Variables` is `{"params", "state", "frozen"}`, nested dicts with str key
     frozen   neither: a teacher, a reference policy, a LoRA base. Never closed over, always an argument; saved once, by hash
 A `State` (of a Learner) is a dict with at least a scalar int32 "step" (batches consumed, skipped ones too) and "frozen".
 
-Axes. A tree of `jax.P` of logical axis names beside every array tree: `P("embed", "mlp")`. Only `research.core.mesh` knows which
-mesh axis a logical name is laid over. "batch" names exactly the axis that `Aux.weight` sums over.
+Axes. A tree of `jax.P` of logical axis names beside every array tree: `P("embed", "mlp")`. Only `research.core.mesh` knows
+which mesh axis a logical name is laid over. "batch" names exactly the axis that `Aux.weight` sums over.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUPS = ("params", "state", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """An array to come: a leaf (a NamedTuple would be a node). `axes` are logical names, one a dimension, None where unnamed."""
+    """An array to come: a leaf (a NamedTuple would be a node). `axes`: logical names, one a dimension, None where unnamed."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -56,8 +56,8 @@ class Aux(NamedTuple):
 
     state: the new `Variables["state"]`.
     metrics: {name: (sum, weight)}; they add up over shards, microbatches, ragged batches and tasks.
-    weight: float32 scalar, what the loss is a weighted mean over (0 allowed); None where the loss is no such mean (InfoNCE, IRM),
-        and then nothing may split the batch.
+    weight: float32 scalar, what the loss is a weighted mean over (0 allowed); None where the loss is no such mean (InfoNCE,
+        IRM), and then nothing may split the batch.
     """
 
     state: Tree
@@ -80,8 +80,8 @@ class Task(NamedTuple):
     methods: {name: Method}; "predict" wherever the task maps inputs to outputs.
     batch: Specs of one batch.
     axes: axes of every array in Variables; None means that nothing is named.
-    merge: {path in state, such as "bn/mean": "mean" | "max" | "sum"}, how parallel copies of state become one. Unnamed paths take
-        the weighted mean (floats) or the maximum (integers). A batch norm's variance under "mean" is approximate.
+    merge: {path in state, such as "bn/mean": "mean" | "max" | "sum"}, how parallel copies of state become one. Unnamed paths
+        take the weighted mean (floats) or the maximum (integers). A batch norm's variance under "mean" is approximate.
     """
 
     init: Callable[[Key], Variables]
@@ -141,6 +141,7 @@ class Evaluator(NamedTuple):
 class BatchIterator(Protocol):
     """A stream of host batches (NumPy leaves) that knows its position, as grain's iterators do."""
 
+    def __iter__(self) -> BatchIterator: ...
     def __next__(self) -> Batch: ...
     def get_state(self) -> Mapping[str, Any]: ...  # JSON-able; the position after the batches taken so far
     def set_state(self, state: Mapping[str, Any]) -> None: ...
@@ -184,7 +185,7 @@ class Example(NamedTuple):
     member: the Task, Estimate, Learner or Evaluator.
     task: what an Estimate or an Evaluator runs on.
     batch: key -> batch; None draws one from the Specs (floats normal, integers 0 or 1, "mask" and "weight" ones).
-    exact_gradient: False where the gradient is meant to differ from the loss's (straight-through, first order); say why in `why`.
+    exact_gradient: False where the gradient is meant to differ from the loss's (straight-through, first order); `why` says why.
     """
 
     member: Any

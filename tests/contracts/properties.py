@@ -106,11 +106,16 @@ def abstract(example: Example) -> None:
 class Run:
     """A learner, compiled once, and its batches."""
 
-    def __init__(self, example: Example, learner: Learner | None = None):
-        self.learner = learner_of(example) if learner is None else learner
+    def __init__(self, example: Example, learner: Learner):
+        self.example, self.learner = example, learner
         self.init = jax.jit(self.learner.init)
         self.one = jax.jit(self.learner.step)
         self.batch = functools.cache(lambda i: batch_of(example, self.learner.batch, i))
+
+    @functools.cached_property
+    def many(self) -> Run:
+        """Two members of it."""
+        return Run(self.example, population(self.learner, 2, frozen="own"))
 
     def step(self, state: Any, i: int) -> tuple[Any, Any]:
         return self.one(state, self.batch(i), jax.random.fold_in(KEY, i))
@@ -122,9 +127,20 @@ class Run:
         return state, metrics
 
 
+_RUNS: dict[int, Run] = {}
+
+
+def run_of(example: Example) -> Run:
+    """The Run of an example, one for all properties: most of their time is compiling."""
+    name = id(example.member)  # a Run holds its example, so no id is used twice
+    if name not in _RUNS:
+        _RUNS[name] = Run(example, learner_of(example))
+    return _RUNS[name]
+
+
 def finite_and_deterministic(example: Example) -> None:
     """Two real steps: the same bits twice, nothing finite turns otherwise, "step" counts, "frozen" stays."""
-    run = Run(example)
+    run = run_of(example)
     start = run.init(KEY)
     same_bits(start, run.init(KEY), "init")
     (first, metrics), (again, metrics_again) = run.step(start, 0), run.step(start, 0)
@@ -140,7 +156,7 @@ def finite_and_deterministic(example: Example) -> None:
 
 def resumes_bit_for_bit(example: Example, directory: Path) -> None:
     """Saved after two steps and read back, two more are what they would have been."""
-    run = Run(example)
+    run = run_of(example)
     half, _ = run.steps(run.init(KEY), 0, 2)
     straight, _ = run.steps(half, 2, 4)
     checkpoints = Checkpoints(directory)
@@ -153,8 +169,8 @@ def resumes_bit_for_bit(example: Example, directory: Path) -> None:
 
 def population_equals_one_by_one(example: Example) -> None:
     """Two members together are each as alone, with the keys that the population gives them."""
-    run = Run(example)
-    many = Run(example, population(run.learner, 2, frozen="own"))
+    run = run_of(example)
+    many = run.many
     state, metrics = many.steps(many.init(KEY), 0, 2)
     for m in range(2):
         alone, seen = run.init(jax.random.fold_in(KEY, m)), {}
@@ -167,10 +183,9 @@ def population_equals_one_by_one(example: Example) -> None:
 
 def methods_run(example: Example) -> None:
     """Every method on its declared inputs alone (no batch, no labels), and over two members at once."""
-    run = Run(example)
-    many = population(run.learner, 2, frozen="own")
-    state = jax.jit(many.init)(KEY)
-    variables = many.variables(state)
+    run = run_of(example)
+    many = run.many.learner
+    variables = many.variables(run.many.init(KEY))
     for name, method in run.learner.methods.items():
         inputs = drawn(method.inputs, KEY)
         together = jax.jit(many.methods[name].apply)(variables, inputs, KEY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,7 @@ ALL = list(COMPOSITIONS)
 ONE_BY_DEFAULT = [pytest.param(name, marks=() if i == 0 else pytest.mark.slow) for i, name in enumerate(ALL)]
 
 
+@functools.cache
 def of(name):
     return Example(COMPOSITIONS[name]())
 
@@ -196,10 +199,9 @@ def test_stages_killed_anywhere_go_on_bit_for_bit(kill, tmp_path):
 
 def test_a_population_of_games_learns_at_the_rates_it_was_given():
     """Three deep, in numbers: the member with the larger rate has moved its discriminator further."""
-    example = of(ALL[2])
-    run_ = properties.Run(example)
-    start = run_.init(KEY)
-    state, _ = run_.steps(start, 0, 1)
+    run_of = properties.run_of(of(ALL[2]))
+    start = run_of.init(KEY)
+    state, _ = run_of.steps(start, 0, 1)
     moved = jnp.abs(state["params"]["discriminator"]["slope"] - start["params"]["discriminator"]["slope"])
     assert moved[1] == pytest.approx(2 * float(moved[0]), rel=1e-4)
 
@@ -207,6 +209,6 @@ def test_a_population_of_games_learns_at_the_rates_it_was_given():
 def test_over_tasks_split_by_accumulation_is_the_whole():
     """accumulated cuts the axis of tasks that over_tasks calls "batch", not the batches within."""
     task = over_tasks(TASK, 4)
-    whole, split = (properties.Run(Example(gradient(task, TX, e))) for e in (exact(), accumulated(4)))
+    whole, split = (properties.run_of(Example(gradient(task, TX, e))) for e in (exact(), accumulated(4)))
     check_learner(split.learner)
     properties.close(*(r.steps(r.init(KEY), 0, 2)[0] for r in (whole, split)), properties.PROGRAM, "state")

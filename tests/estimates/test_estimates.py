@@ -237,7 +237,7 @@ def test_clipped_per_example_does_not_depend_on_the_chunk(chunk):
 
 
 def test_the_noise_of_clipped_per_example_has_the_papers_scale():
-    """sigma * clip / batch, on 4 params over 2000 keys: the relative error of a standard deviation is 1 / sqrt(16000) = 0.8%."""
+    """sigma * clip / batch, on 4 params over 2000 keys: a standard deviation's relative error is 1 / sqrt(16000) = 0.8%."""
     batch, noisy, plain = a_batch(), clipped_per_example(2.0, noise=1.5), run(clipped_per_example(2.0), a_batch())[2]
     keys = jax.random.split(jax.random.key(5), 2000)
     draws = jax.jit(jax.vmap(lambda k: noisy.grads({}, TASK, VARIABLES, batch, k)[2]))(keys)

@@ -136,7 +136,7 @@ def test_a_disk_nearly_full_is_one_line_before_anything_is_fetched(tmp_path, cap
 def test_a_disk_that_fills_up_on_the_way_is_one_line(tmp_path, capsys, monkeypatch):
     root = house.checkout(tmp_path / "checkout")
 
-    def fill(made, held):
+    def fill(made, say, held):
         made.folder.mkdir()
         (made.folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(made.folder / "more"))

@@ -71,7 +71,7 @@ CASES = {
     "microbatches": (
         LM,
         ["--config.estimate.wrap=['accumulated']"],
-        "estimate lacks estimate.accumulated.n",
+        "lacks estimate.accumulated.n",
     ),
     "a mesh too large": (LM, ["--config.mesh.data=64"], "devices"),
     "length and context": (LM, ["--config.stream.length=4096"], "exceeds model.context"),
@@ -104,7 +104,7 @@ def test_a_config_that_cannot_be_is_one_line(case, tmp_path, capfd):
         (["nothing.txt"], [], "nothing.txt"),
         (["*.md"], [], "matches no file"),
         (["empty.txt"], [], "empty"),
-        (["short.txt"], [], "allowed at most"),
+        (["short.txt"], [], "leaves nothing for validation"),
         (["rows.jsonl"], ["--config.data.field=text"], "rows.jsonl"),
         (["other.jsonl"], ["--config.data.field=text"], "texts"),
         (["latin.txt"], ["--config.data.tokenizer=TOKENIZER"], "latin.txt"),
