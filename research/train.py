@@ -138,9 +138,9 @@ def finish(experiment: Experiment, workdir: Workdir, outcome: Outcome, seconds: 
     shown = [item for closing in experiment.closing for item in closing(variables, outcome.results, key)]
     for item in shown:
         print(f"\n{item.title}\n{item.body}" if isinstance(item, Text) else cli.table(item))
-    tables = [item for item in shown if isinstance(item, Table)] + [results_table(outcome.results)]
+    tables = [item for item in shown if isinstance(item, Table)]
     samples = [item for item in shown if isinstance(item, Text)]
-    write_report(workdir.path, tables=tables, samples=samples)
+    write_report(workdir.path, outcome.results, tables=tables, samples=samples)
     summary = workdir.finish(outcome.results, outcome.state, seconds)
     print(cli.table(results_table(summary)))
 
