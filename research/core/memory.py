@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Has glibc keep freed memory for the next step; to be called before JAX runs anything. False where there is no glibc.
 
     XLA on CPU allocates all temporaries of a dispatch as one buffer. Above 32 MB glibc maps it from the kernel and unmaps it
-    each time, and a step then spends a fifth of its time in page faults (docs/results.md). Kept, the process stays at its peak
+    each time, and a step then spends much of its time in page faults. Kept, the process stays at its peak
     size until it ends. One arena, since those of the threads in which dispatches run cannot grow so far. No result changes.
     """
     if sys.platform != "linux":
