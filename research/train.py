@@ -127,7 +127,7 @@ def progress(experiment: Experiment) -> Progress:
         per_step=count,
         unit=unit,
         flops_per_step=step_flops(experiment.stages[-1].learner),
-        peak=devices * measured_matmul_peak(),
+        peak=devices * measured_matmul_peak(experiment.dtype),
     )
 
 

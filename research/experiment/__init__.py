@@ -88,6 +88,7 @@ def assembled(config: Any) -> Experiment:
         sample=None if n else parts.sample,
         show=parts.show,
         derived=parts.derived,
+        dtype=config.model.dtype if "dtype" in config.model else "float32",
     )
 
 

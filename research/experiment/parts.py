@@ -52,6 +52,7 @@ class Experiment(NamedTuple):
 
     checkpoints: keywords of `core.checkpoint.Checkpoints` but its directory. hooks: more of them, such as early stopping; those
     that read the run's history are made by `history_hooks(path of metrics.jsonl)`.
+    dtype: of the operands of products, for the peak that MFU is a share of.
     """
 
     stages: Sequence[Stage]
@@ -69,3 +70,4 @@ class Experiment(NamedTuple):
     sample: Callable[..., Sequence[str]] | None = None
     show: Sequence[str] = ()
     derived: Mapping[str, Callable[[Mapping[str, Any]], float]] = {}
+    dtype: str = "float32"
