@@ -186,7 +186,15 @@ def test_stages_hand_on_their_variables_and_frozen_stays():
     assert int(outcome.state["step"]) == 4 and outcome.reason == "finished"
 
 
-@pytest.mark.parametrize("kill", [3, 5, pytest.param(8, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        5,
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(8, marks=pytest.mark.slow),
+        pytest.param(10, marks=pytest.mark.slow),
+    ],
+)
 def test_stages_killed_anywhere_go_on_bit_for_bit(kill, tmp_path):
     whole = run(stages(), key=KEY, log_every=1)
     first = Checkpoints(tmp_path, every=2)

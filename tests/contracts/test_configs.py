@@ -56,7 +56,7 @@ def test_every_config_takes_smoke_and_says_what_it_is(name):
     assert module.__doc__ and "gnomon" in module.__doc__, "its docstring shows the command"
 
 
-@pytest.mark.parametrize("name", with_args())
+@pytest.mark.parametrize("name", list(with_args()))
 def test_it_builds_and_steps_by_shapes(name, stand_ins):
     experiment = built(name, stand_ins)
     key = contracts.abstract_key()
