@@ -73,6 +73,15 @@ def test_the_paper_mlp_adds_its_second_layer_to_its_first():
     np.testing.assert_allclose(run(f, variables, x)[0], h @ p["head"]["kernel"] + p["head"]["bias"][None], atol=1e-5)
 
 
+def test_residual_connections_begin_at_the_second_layer():
+    f = mlp(**MLP | {"shape": [5], "residual": True})
+    variables, x = f.init(KEY), normal(2, 5)
+    first, second = (variables["params"]["layers"][i] for i in "01")
+    h = jnp.tanh(x @ first["kernel"] + first["bias"][None])
+    h = h + jnp.tanh(h @ second["kernel"] + second["bias"][None])
+    np.testing.assert_allclose(run(f, variables, x, method="hidden")[0], h, atol=1e-5)
+
+
 def test_the_paper_models_start_as_pytorch_starts_them():
     p = mnist1d(kind="linear", shape=[40], outputs=10).init(KEY)["params"]["head"]
     for x in (p["kernel"], p["bias"]):
