@@ -27,6 +27,6 @@ def mnist1d(*, kind: str, shape: Sequence[int], outputs: int) -> Functional:
         # patches, so that many seeds at once stay matrix products
         return series_cnn(widths=[25] * 3, windows=[5, 3, 3], stride=2, padding=1, convolution="patches", **common)
     if kind == "gru":
-        return gru(hidden=6, layers=1, bidirectional=True, readout="all", unroll=8, **common)
+        return gru(hidden=6, layers=1, bidirectional=True, readout="all", unroll=1, **common)
     hidden = [100, 100] if kind == "mlp" else []
     return mlp(hidden=hidden, activation="relu", residual=True, dropout=0.0, **common)

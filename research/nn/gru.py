@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.nn.functional import param
-from research.nn.linear import BIASES, KERNELS, per_channel
-from research.nn.products import matmul
+from research.nn.linear import BIASES, KERNELS
+from research.nn.products import contract
 
 
 class GRU(nnx.Module):
@@ -16,7 +16,7 @@ class GRU(nnx.Module):
 
     r, z = sigmoid(W x + b + U h + c), n = tanh(W_n x + b_n + r (U_n h + c_n)), h' = (1 - z) n + z h: the reset gate acts after
     the product with U_n, and there are two biases, as in cuDNN and PyTorch. reverse: from the end to the beginning. unroll:
-    steps a loop iteration (small layers are bound by the loop otherwise).
+    steps of time in one iteration of the loop.
     """
 
     def __init__(self, inputs: int, hidden: int, *, reverse: bool, init: str, dtype: str, unroll: int, rngs: nnx.Rngs):
@@ -30,20 +30,21 @@ class GRU(nnx.Module):
         self.hidden, self.reverse, self.dtype, self.unroll = hidden, reverse, dtype, unroll
 
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
-        b, t, _ = x_BxTxC.shape
-        driven = matmul(x_BxTxC, self.input_kernel[...], self.dtype)
-        driven = driven + per_channel(self.input_bias[...], driven)
-        driven_TxBx3H = driven.reshape(b, t, -1).swapaxes(0, 1)
-        kernel, bias = self.hidden_kernel[...], self.hidden_bias[...][None]
+        b, t, c = x_BxTxC.shape
+        # examples along the last axis: a layer is often narrower than a vector register, a batch is not
+        driven = contract("io,ni->on", self.input_kernel[...], x_BxTxC.swapaxes(0, 1).reshape(t * b, c), self.dtype)
+        driven = driven + self.input_bias[...][:, None]
+        driven_Tx3HxB = driven.reshape(-1, t, b).swapaxes(0, 1)
+        kernel, bias = self.hidden_kernel[...], self.hidden_bias[...][:, None]
 
-        def step(h, driven):
-            recurrent = matmul(h, kernel, self.dtype) + bias
-            (reset, update, new), (reset_h, update_h, new_h) = (jnp.split(a, 3, axis=-1) for a in (driven, recurrent))
+        def step(h_HxB, driven_3HxB):
+            recurrent = contract("io,ib->ob", kernel, h_HxB, self.dtype) + bias
+            (reset, update, new), (reset_h, update_h, new_h) = (jnp.split(a, 3) for a in (driven_3HxB, recurrent))
             update = jax.nn.sigmoid(update + update_h)
             new = jnp.tanh(new + jax.nn.sigmoid(reset + reset_h) * new_h)
-            h = (1 - update) * new + update * h
-            return h, h
+            h_HxB = (1 - update) * new + update * h_HxB
+            return h_HxB, h_HxB
 
-        start = jnp.zeros((b, self.hidden))
-        _, states_TxBxH = jax.lax.scan(step, start, driven_TxBx3H, reverse=self.reverse, unroll=min(self.unroll, t))
-        return states_TxBxH.swapaxes(0, 1)
+        start = jnp.zeros((self.hidden, b))
+        _, states_TxHxB = jax.lax.scan(step, start, driven_Tx3HxB, reverse=self.reverse, unroll=min(self.unroll, t))
+        return states_TxHxB.transpose(2, 0, 1)

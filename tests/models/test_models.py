@@ -101,7 +101,7 @@ def test_an_mlp_without_hidden_layers_is_linear():
 def test_outputs_and_what_the_output_layer_reads(make, options, inputs):
     f = make(**options)
     variables, x = f.init(KEY), normal(5, *inputs)
-    out, hidden = run(f, variables, x)[0], run(f, variables, x, method="hidden")[0]
+    out, hidden = jax.jit(lambda v, x: (f.apply(v, x)[0], f.apply(v, x, method="hidden")[0]))(variables, x)
     assert out.shape == (5, options["outputs"]) and hidden.ndim == 2
     head = variables["params"]["head"]
     np.testing.assert_allclose(out, hidden @ head["kernel"] + head["bias"][None], atol=1e-5)

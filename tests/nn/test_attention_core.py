@@ -90,6 +90,18 @@ def test_bfloat16_is_near_float32(run):
     assert 1e-6 < float(jnp.abs(got - exact).max()) < 0.03
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_blocks_round_no_more_than_the_plain_formula_does(window):
+    q, k, v, weights = operands(2, 140, 4, 2, 16)
+
+    def gradients(run, dtype):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sum(run(*qkv, True, window, dtype) * weights), (0, 1, 2)))(q, k, v)
+
+    exact, plain, blocks = gradients(dense, "float32"), gradients(dense, "bfloat16"), gradients(blockwise, "bfloat16")
+    for e, p, b in zip(exact, plain, blocks, strict=True):
+        assert float(jnp.abs(b - e).max()) <= 2 * float(jnp.abs(p - e).max())
+
+
 def test_later_tokens_change_nothing_before_them():
     q, k, v, _ = operands(1, 140, 2, 2, 8)
     for window in (None, 8):
