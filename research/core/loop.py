@@ -119,7 +119,7 @@ def train(
     key: Key,
     state: State | None = None,
     variables: Variables | None = None,
-    position: Mapping[str, Any] | None = None,
+    place: Mapping[str, Any] | None = None,
     steps_per_call: int = 1,
     log_every: int = 100,
     evaluations: Mapping[str, Evaluation] | None = None,
@@ -129,7 +129,8 @@ def train(
     replay: bool = True,
     stage: int = 0,
 ) -> Outcome:
-    """`fit`, telling how it ended. `position`: a batch iterator's saved one. `stage`: the number that checkpoints carry."""
+    """`fit`, telling how it ended. `place`: what was saved beside `state`, as `where` gives it. `stage`: the number that
+    checkpoints carry."""
     evaluations = dict(evaluations or {})
     periods = {"log_every": log_every, "checkpoint every": checkpoints.every if checkpoints else 0}
     periods |= {f"evaluate every ({name})": e.every for name, e in evaluations.items()}
@@ -161,13 +162,21 @@ def train(
                     hook.evaluated(step, name, values)
             return fresh
 
-        drawn = prefetched(calls(open_at(batches, step, position), step, steps, steps_per_call, put))
+        def save(checkpoints, state, position, reason, fresh):
+            beside = {"batches": position, "fingerprint": batches.fingerprint, "reason": reason}
+            checkpoints.save(state, stage=stage, position=beside, metrics=fresh)
+            for hook in hooks:
+                hook.saved(step)
+
+        drawn = prefetched(calls(open_at(batches, step, place and place["batches"]), step, steps, steps_per_call, put))
         closing.callback(drawn.close)
         for hook in hooks:
             closing.callback(hook.close)
             hook.start(step, steps, learner, stage)
-        if step >= steps:  # ended before, but perhaps not measured
+        if step >= steps:  # trained before, but perhaps not measured
             results |= evaluate(evaluations, state)
+            if checkpoints and place:
+                save(checkpoints, state, place["batches"], place["reason"], results)
 
         for call in drawn:
             state, new = program.step(state, call.batches, call.length, k_run)
@@ -190,16 +199,16 @@ def train(
                 seen = []
                 for hook in hooks:
                     hook.log(step, metrics.averaged(host))
-            fresh = {} if halt else evaluate(due, state)
-            stop = INTERRUPTED if halt else next((reason for h in hooks if (reason := h.stop(step))), None)
-            if stop and not halt:  # stopped early for good: what is measured once at the end is measured now
+            # Asked to halt, it still measures what a later step would count on (best, early stopping), but leaves the last,
+            # long measurements to the run that goes on.
+            fresh = {} if halt and last else evaluate(due, state)
+            early = next((reason for h in hooks if (reason := h.stop(step))), None)
+            stop = INTERRUPTED if halt else early
+            if early and not halt:  # stopped early for good: what is measured once at the end is measured now
                 fresh |= evaluate([name for name in evaluations if name not in due], state)
             results |= fresh
             if checkpoints and (saving or stop):
-                place = {"batches": call.position, "fingerprint": batches.fingerprint, "reason": stop or ""}
-                checkpoints.save(state, stage=stage, position=place, metrics=fresh)
-                for hook in hooks:
-                    hook.saved(step)
+                save(checkpoints, state, call.position, early or stop or "", fresh)
             if stop:
                 break
         for hook in hooks:
@@ -233,18 +242,18 @@ def run(stages: Sequence[Stage], *, key: Key, checkpoints: Checkpoints | None = 
     variables, outcome = None, None
     for index, (learner, batches, steps, enter) in enumerate(stages):
         k_stage = jax.random.fold_in(key, index)
-        state = position = None
+        state = place = None
         if saved and index < saved.stage:
             continue
         if saved and checkpoints and index == saved.stage:
-            state, position = resumed(saved, checkpoints, learner, batches, options.get("mesh"))
+            state, place = resumed(saved, checkpoints, learner, batches, options.get("mesh"))
             if ended_early(saved):
                 steps = int(state["step"])
         elif enter is not None:
             variables = enter(variables, jax.random.fold_in(k_stage, 2**31 - 1))
         final = index == len(stages) - 1
         outcome = train(
-            learner, batches, steps, key=k_stage, state=state, variables=variables, position=position, stage=index,
+            learner, batches, steps, key=k_stage, state=state, variables=variables, place=place, stage=index,
             checkpoints=checkpoints, evaluations=evaluations if final else None, **options,
         )  # fmt: skip
         if outcome.reason == INTERRUPTED:
@@ -270,9 +279,9 @@ def where(saved: Saved) -> Mapping[str, Any]:
 def resumed(
     saved: Saved, checkpoints: Checkpoints, learner: Learner, batches: Batches, mesh: Layout | None
 ) -> tuple[State, Mapping[str, Any]]:
-    """(state, batch position) from a checkpoint. ValueError where the batches are not those it was saved with."""
-    position = where(saved)
-    if position["fingerprint"] != batches.fingerprint:
-        raise ValueError(f"{saved.path}: its batches were {position['fingerprint']}, now they are {batches.fingerprint}")
+    """(state, what was saved beside it) from a checkpoint. ValueError where the batches are not those it was saved with."""
+    place = where(saved)
+    if place["fingerprint"] != batches.fingerprint:
+        raise ValueError(f"{saved.path}: its batches were {place['fingerprint']}, now they are {batches.fingerprint}")
     with entered(mesh):
-        return checkpoints.load(saved, compiled(learner, mesh).abstract), position["batches"]
+        return checkpoints.load(saved, compiled(learner, mesh).abstract), place

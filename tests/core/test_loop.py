@@ -13,7 +13,7 @@ import pytest
 
 from research.core.batches import from_function
 from research.core.checkpoint import Checkpoints
-from research.core.hooks import Hook
+from research.core.hooks import EarlyStopping, Hook, JsonLines
 from research.core.loop import FINISHED, INTERRUPTED, fit, run, train
 from research.core.mesh import make_layout
 from research.core.nonfinite import NonFiniteError
@@ -198,6 +198,47 @@ def test_a_failed_background_save_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("research.core.checkpoint.storage.write", refuse)
     with pytest.raises(Exception, match="no space left on the device"):
         fit(toy.learner(), toy.batches(), 40, key=toy.KEY, checkpoints=checkpoints)
+
+
+def killed_at(at):
+    """A hook that asks for an end at the `at`-th step taken."""
+    return Recorder(at=at, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def seen_evaluation(every, sign):
+    """A measure that rises with the examples seen, or falls."""
+    evaluator = Evaluator(
+        lambda: jnp.zeros((), jnp.int32),
+        lambda stats, v, batch, key: sign * v["state"]["seen"],
+        lambda stats: {"worth": float(stats)},
+    )
+    return Evaluation(evaluator, toy.batches(1), every)
+
+
+@pytest.mark.parametrize(("at", "sign"), [(4, -1), (5, -1), (12, -1), (20, 1)])
+def test_an_interruption_loses_no_measurement_that_later_steps_count_on(at, sign, tmp_path):
+    """Early stopping, the best checkpoint and the results are those of a run that was not interrupted, wherever it was."""
+
+    def trained(folder, *more):
+        checkpoints = Checkpoints(folder, every=4, keep_latest=1, keep_best=1, best="val/worth", mode="max")
+        lines = JsonLines(folder / "metrics.jsonl")
+        early = EarlyStopping("val/worth", 2, "max", history=lines.path)
+        stage = Stage(toy.learner(), toy.batches(), 20)
+        evaluations = {"val": seen_evaluation(4, sign)}
+        outcome = run([stage], key=toy.KEY, evaluations=evaluations, hooks=[lines, early, *more], checkpoints=checkpoints)
+        checkpoints.close()
+        return outcome, Checkpoints(folder, best="val/worth", mode="max", read_only=True).best()
+
+    straight, best = trained(tmp_path / "straight")
+    first, _ = trained(tmp_path / "cut", killed_at(at))
+    assert first.reason == INTERRUPTED
+    outcome, best_again = trained(tmp_path / "cut")
+    assert outcome.results == straight.results
+    assert int(straight.state["step"]) == (12 if sign < 0 else 20)
+    assert toy.same_bits(outcome.state, straight.state)
+    assert (best_again.step, best_again.metrics) == (best.step, best.metrics)
+    again, _ = trained(tmp_path / "cut")
+    assert int(again.state["step"]) == int(straight.state["step"])
 
 
 def stages(first=4, second=6):
