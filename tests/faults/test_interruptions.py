@@ -14,25 +14,42 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 120
 CONFIG = f"""
+from ml_collections import config_dict
+
 from configs.lm import stdlib
+
 ARGS = ("smoke",)
+
+
 def get_config(arg=""):
     config = stdlib.get_config("smoke")
     config.train.update({{"steps": {STEPS}, "log_every": 5}})
     config.checkpoint.update({{"every": 2, "keep_latest": 2}})
-    config.evaluate.update({{"every": 0}})
     config.data = {{"name": "files", "paths": ["README.md"], "tokenizer": "bytes", "split": "position", "separator": "",
-                    "field": ""}}
+                    "field": config_dict.placeholder(str)}}
     return config
-""".replace('"field": ""', '"field": config_dict.placeholder(str)').replace(
-    "from configs.lm import stdlib", "from configs.lm import stdlib\nfrom ml_collections import config_dict"
-)
+"""
 
 
 def command(folder: Path, workdir: str) -> list[str]:
     return [sys.executable, "-m", "research.train", "--config", str(folder / "mine.py"), "--workdir", str(folder / workdir)]
+
+
+def started(folder: Path, workdir: str) -> subprocess.Popen:
+    """The command, begun. What is compiled once is kept beside the runs, since there are many starts."""
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment, out = {**os.environ, **kept}, subprocess.PIPE
+    return subprocess.Popen(command(folder, workdir), cwd=REPO, env=environment, stdout=out, stderr=out, text=True)
+
+
+def finished(folder: Path, workdir: str) -> str:
+    """Runs the command to its end; what it printed."""
+    process = started(folder, workdir)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    return out + err
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +57,41 @@ def folder(tmp_path_factory):
     """A folder with the config, and an uninterrupted run in straight/."""
     folder = tmp_path_factory.mktemp("interruptions")
     (folder / "mine.py").write_text(CONFIG)
-    subprocess.run(command(folder, "straight"), cwd=REPO, check=True, capture_output=True)
+    finished(folder, "straight")
     return folder
 
 
-def summary(folder: Path, workdir: str) -> dict:
-    return json.loads((folder / workdir / "summary.json").read_text())
+def ends_in_the_same_bits(folder: Path, workdir: str) -> bool:
+    first, second = (json.loads((folder / name / "summary.json").read_text()) for name in (workdir, "straight"))
+    return first["state_sha256"] == second["state_sha256"] and first["steps"] == STEPS
 
 
-def killed(folder: Path, workdir: str, moment, signum: int = signal.SIGKILL) -> int | None:
-    """Starts the command, and sends the signal when `moment(workdir)` says so. The exit code, if it ended by itself."""
-    process = subprocess.Popen(command(folder, workdir), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def interrupted(folder: Path, workdir: str, moment, signum: int = signal.SIGKILL) -> int | None:
+    """Starts the command, and sends the signal when `moment(workdir)` says so. The exit code after it; None where the command
+    had ended well before."""
+    process = started(folder, workdir)
     while process.poll() is None:
         if moment(folder / workdir):
             process.send_signal(signum)
             process.communicate(timeout=60)
-            return process.returncode if signum != signal.SIGKILL else None
+            return process.returncode
         time.sleep(0.002)
-    output = process.communicate()[0].decode()
-    assert process.returncode == 0, output
-    return 0
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    return None
+
+
+def checkpoints(workdir: Path, pattern: str) -> list[Path]:
+    """Checkpoints by name, the newest last: "[0-9]*" are in place, ".*" are being written."""
+    return sorted((workdir / "checkpoints").glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
 def saving(workdir: Path) -> bool:
-    """Whether a save is under way: its folder is not in place yet."""
-    checkpoints = workdir / "checkpoints"
-    return checkpoints.exists() and any(name.startswith(".") for name in os.listdir(checkpoints))
+    return bool(list((workdir / "checkpoints").glob(".*")))
+
+
+def saved(number: int):
+    return lambda workdir: len(list((workdir / "checkpoints").glob("[0-9]*"))) >= number
 
 
 def after(seconds: float):
@@ -79,23 +105,18 @@ def after(seconds: float):
 def test_twenty_kills_end_in_the_bits_of_an_uninterrupted_run(folder):
     draw = random.Random(0)
     began = time.monotonic()
-    killed(folder, "timing", lambda workdir: (workdir / "checkpoints").exists())
+    assert interrupted(folder, "killed-0", saved(1)) == -signal.SIGKILL
     start_up = time.monotonic() - began
-    kills = 0
-    while kills < 20:
+    kills, runs = 1, 0
+    while kills < 20:  # of one run, and of the next where that has come to its end
         moment = saving if kills % 2 else after(draw.uniform(0.2, 1.3) * start_up)
-        if killed(folder, "killed", moment) == 0:
-            break
-        kills += 1
-    while not (folder / "killed" / "summary.json").exists():
-        killed(folder, "killed", lambda workdir: False)
-    assert kills >= 5  # a run may end before the twentieth; then the rest is spent on new ones below
-    assert summary(folder, "killed")["state_sha256"] == summary(folder, "straight")["state_sha256"]
-    for more in range(kills, 20):
-        name = f"again-{more}"
-        killed(folder, name, saving if more % 2 else after(draw.uniform(0.9, 1.3) * start_up))
-        assert killed(folder, name, lambda workdir: False) == 0
-        assert summary(folder, name)["state_sha256"] == summary(folder, "straight")["state_sha256"]
+        if interrupted(folder, f"killed-{runs}", moment) is None:
+            assert ends_in_the_same_bits(folder, f"killed-{runs}")
+            runs += 1
+        else:
+            kills += 1
+    finished(folder, f"killed-{runs}")
+    assert ends_in_the_same_bits(folder, f"killed-{runs}")
 
 
 @pytest.mark.slow
@@ -103,14 +124,10 @@ def test_twenty_kills_end_in_the_bits_of_an_uninterrupted_run(folder):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_polite_signal_saves_and_exits_0_and_the_same_command_goes_on(folder, signum):
     name = f"polite-{signum}"
-    code = killed(folder, name, lambda workdir: (workdir / "checkpoints").exists(), signum)
-    assert code == 0 and not (folder / name / "summary.json").exists()
-    assert killed(folder, name, lambda workdir: False) == 0
-    assert summary(folder, name)["state_sha256"] == summary(folder, "straight")["state_sha256"]
-
-
-def newest(workdir: Path) -> Path:
-    return sorted(p for p in (workdir / "checkpoints").iterdir() if p.name[0].isdigit())[-1]
+    assert interrupted(folder, name, saved(1), signum) == 0
+    assert not (folder / name / "summary.json").exists()
+    finished(folder, name)
+    assert ends_in_the_same_bits(folder, name)
 
 
 def damage(path: Path, how: str) -> Path:
@@ -130,18 +147,20 @@ def damage(path: Path, how: str) -> Path:
 @pytest.mark.parametrize("how", ["truncated", "deleted", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, how):
     name = f"damaged-{how}"
-    killed(folder, name, lambda workdir: len(list((workdir / "checkpoints").glob("[0-9]*"))) >= 2)
-    file = damage(newest(folder / name), how)
-    done = subprocess.run(command(folder, name), cwd=REPO, capture_output=True, text=True, check=True)
-    assert file.name in done.stdout + done.stderr
-    assert summary(folder, name)["state_sha256"] == summary(folder, "straight")["state_sha256"]
+    interrupted(folder, name, saved(2))
+    newest = checkpoints(folder / name, "[0-9]*")[-1]
+    damage(newest, how)
+    assert str(newest) in finished(folder, name)
+    assert ends_in_the_same_bits(folder, name)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 def test_where_no_checkpoint_is_intact_the_run_stops_and_says_so(folder):
-    killed(folder, "lost", lambda workdir: len(list((workdir / "checkpoints").glob("[0-9]*"))) >= 2)
-    for path in (folder / "lost" / "checkpoints").glob("[0-9]*"):
+    interrupted(folder, "lost", saved(2))
+    for path in checkpoints(folder / "lost", "[0-9]*"):
         damage(path, "truncated")
-    done = subprocess.run(command(folder, "lost"), cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "intact" in done.stderr and len(done.stderr.strip().splitlines()[-1]) > 0
+    process = started(folder, "lost")
+    _, err = process.communicate()
+    assert process.returncode == 1 and "intact" in err and "Traceback" not in err
+    assert checkpoints(folder / "lost", "[0-9]*")
