@@ -109,12 +109,12 @@ def load_config(name: str, overrides: Mapping[str, Any] = MappingProxyType({}), 
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf, keys sorted."""
+    """(dotted key, value) of every leaf of a ConfigDict or mapping, in its order; an empty section is a leaf."""
     for key in config:
-        if is_section(config[key]):
+        if is_section(config[key]) and len(config[key]):
             yield from flat(config[key], f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", config[key]
+            yield f"{prefix}{key}", {} if is_section(config[key]) else config[key]
 
 
 def is_section(value: Any) -> bool:
@@ -136,6 +136,8 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
     if not is_section(section) or name not in section:
         raise ConfigError(f"--config.{key}: no such key{suggestion(key, allowed) or '; see --print-config'}")
     if is_section(section[name]):
+        if value == {} and not len(section[name]):
+            return  # as `flat` gave it
         inner = ", ".join(f"{key}.{k}" for k in section[name])
         raise ConfigError(f"--config.{key} is a section; its keys: {inner}")
     section[name] = _converted(value, section[name], section.get_type(name), key)

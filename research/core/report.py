@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from research.core import files
+from research.core.config import flat
 from research.core.hooks import Series, is_image, read_lines, read_series
 from research.core.images import png
 from research.core.plots import panels
@@ -65,20 +66,16 @@ def _pairs(rows: Iterable[tuple[str, Any]]) -> str:
     return f'<div class="scroll"><table>{shown}</table></div>'
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+def _rows(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v) for k, v in flat(config)]
 
 
 def _config(config: Mapping[str, Any]) -> str:
     """A card a section, and one of what stands at the top."""
     sections = {k: v for k, v in config.items() if isinstance(v, Mapping) and v}
-    top = [(k, v) for k, v in _flat({k: v for k, v in config.items() if k not in sections})]
+    top = _rows({k: v for k, v in config.items() if k not in sections})
     cards = [("", top)] if top else []
-    cards += [(name, list(_flat(section))) for name, section in sections.items()]
+    cards += [(name, _rows(section)) for name, section in sections.items()]
     return '<div class="columns">' + "".join(_card(name, _pairs(rows)) for name, rows in cards) + "</div>"
 
 
@@ -154,7 +151,7 @@ def render(
         rest = "".join(curves[_PANELS:])
         shown += f'<details><summary>{len(curves) - _PANELS} more</summary><div class="grid2">{rest}</div></details>'
     flags = versions.get("cpu", {}).get("flags", "")
-    told = [(k, v) for k, v in _flat({k: v for k, v in versions.items() if k != "earlier"}) if k != "cpu.flags"]
+    told = [(k, v) for k, v in _rows({k: v for k, v in versions.items() if k != "earlier"}) if k != "cpu.flags"]
     sections = [
         _section("Results", _numbers(results)),
         _section("Tables", _tables(tables)),

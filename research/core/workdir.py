@@ -28,6 +28,7 @@ import jax
 
 from research.core import files
 from research.core.checkpoint import CheckpointError, Checkpoints, Saved, state_sha256
+from research.core.config import flat
 from research.core.hooks import Series, read_series
 from research.core.types import GROUPS, Learner, State, Variables
 
@@ -42,17 +43,9 @@ def plain_config(config: Any) -> dict[str, Any]:
     return files.plain(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
 def differences(was: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """["model.width: was 192, given 256", …] of two plain configs, in order of key."""
-    a, b = _flat(was), _flat(given)
+    a, b = dict(flat(was)), dict(flat(given))
 
     def shown(side: Mapping[str, Any], key: str) -> str:
         return repr(side[key]) if key in side else "absent"
