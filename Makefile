@@ -55,7 +55,7 @@ test: setup
 
 # One process: these start processes and whole trainings of their own, and want the cores for them.
 slow: setup
-	$(python) -m pytest -m slow --deselect tests/faults/test_interruptions.py --timeout=1800 --durations=25 $(ARGS)
+	$(python) -m pytest -m slow --timeout=1800 --durations=25 $(ARGS)
 
 lint: setup
 	$(python) -m ruff check .
