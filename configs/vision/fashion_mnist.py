@@ -16,7 +16,7 @@ ARGS = ("smoke", "vit", "vit_smoke")
 
 CNN = {
     "name": "cnn",
-    "widths": [32, 64],
+    "widths": [16, 32, 64],
     "blocks": 2,
     "normalization": "batch",
     "residual": False,
@@ -43,22 +43,37 @@ VIT = {
 }
 
 
+ADAMW = {
+    "name": "adamw",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.05,
+    "clip": 1.0,
+    "schedule": {"name": "cosine", "warmup": 200},
+}
+# A convolution's kernel [height, width, in, out] is one matrix from its patches to its outputs.
+MUON = {
+    "name": "muon",
+    "learning_rate": 0.02,
+    "weight_decay": 0.05,
+    "adam_learning_rate": 4e-3,
+    "adam_match": "head|norm|bias",
+    "layouts": {"convolutions": {"match": "kernel", "inputs": 3}},
+    "clip": 1.0,
+    "schedule": {"name": "cosine", "warmup": 100},
+}
+
+
 def get_config(arg: str = "") -> ConfigDict:
     config = base()
-    config.task = {"name": "classification", "label_smoothing": 0.1}
+    vit = arg.startswith("vit")
+    config.task = {"name": "classification", "label_smoothing": 0.1 if vit else 0.0}
     config.data = {"name": "fashion_mnist"}
-    config.model = VIT if arg.startswith("vit") else CNN
+    config.model = VIT if vit else CNN
     config.stream = {"batch": 128, "validation": 5000}
-    config.transforms = {"wrap": ["augment"], "augment": {"crop": 2, "flip": True}}
-    config.optimizer = {
-        "name": "adamw",
-        "learning_rate": 2e-3,
-        "weight_decay": 0.05,
-        "clip": 1.0,
-        "schedule": {"name": "cosine", "warmup": 200},
-    }
+    config.transforms = {"wrap": ["augment"], "augment": {"crop": 2 if vit else 1, "flip": True}}
+    config.optimizer = ADAMW if vit else MUON
     config.evaluate = {"every": 500, "batch": 500}
-    config.train.update({"steps": 4000, "log_every": 50})
+    config.train.update({"steps": 4500, "log_every": 50})
     config.checkpoint.update({"every": 500, "keep_best": 1, "best": "val/accuracy", "mode": "max"})
     if arg.endswith("smoke"):
         config.stream.batch = 16
