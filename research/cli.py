@@ -8,19 +8,28 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from research.core.checkpoint import CheckpointError
 from research.core.config import ConfigError
+from research.core.interrupts import Interrupted
 from research.core.nonfinite import NonFiniteError
 
 PACKAGE = Path(__file__).resolve().parent
 BAD_INPUT, FAILED = 2, 1
 
 
+class Parser(argparse.ArgumentParser):
+    """One that refuses in one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:
     """An argument parser whose help ends with a working example."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"gnomon {verb}",
         description=description,
         epilog=f"example:\n  gnomon {verb} {example}",
@@ -41,6 +50,8 @@ def one_line_errors(verb: str) -> Iterator[None]:
     code = None
     try:
         yield
+    except Interrupted as error:
+        code, line = error.code, f"ended by {error}; the same command starts again from what was saved"
     except (NonFiniteError, CheckpointError) as error:
         code, line = FAILED, str(error)
     except OSError as error:

@@ -127,13 +127,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         for arg in names:
             reproduce(args.paper, arg, [c for c in todo if c.arg == arg], Path(args.workdir), overrides)
-        print(cli.table(table(args.paper)))
+        if overrides:
+            print(f"not recorded, since the config was changed: {', '.join(f'{k}={v}' for k, v in overrides.items())}")
+        else:
+            print(cli.table(table(args.paper)))
         return 0
     return cli.FAILED
 
 
 def reproduce(paper: str, arg: str, todo: Sequence[Claim], runs: Path, overrides: Mapping[str, str]) -> None:
-    """Trains one argument of a paper's config, unless that is done, and appends its claims' values."""
+    """Trains one argument of a paper's config, unless that is done, and appends its claims' values, unless they are those of
+    another config."""
     name = f"{PAPERS / paper / 'config.py'}:{arg}"
     path = runs / paper / arg
     config = load_config(name, overrides)
@@ -141,6 +145,8 @@ def reproduce(paper: str, arg: str, todo: Sequence[Claim], runs: Path, overrides
     code = train.one(train.parser().parse_args(["--config", name]), config, path)
     if code or not (path / "summary.json").exists():
         raise SystemExit(code)
+    if overrides:
+        return
     append(
         paper, todo, json.loads((path / "summary.json").read_text()), json.loads((path / "versions.json").read_text()), config
     )

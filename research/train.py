@@ -16,21 +16,22 @@ import jax
 import numpy as np
 
 from research import cli
-from research.core import loop
+from research.core import loop, preflight
 from research.core.batches import from_function
 from research.core.checkpoint import Checkpoints
 from research.core.config import load_config, parse_overrides, split_name
 from research.core.flops import step_flops
 from research.core.hooks import JsonLines
+from research.core.interrupts import interrupts
 from research.core.loop import INTERRUPTED, Outcome
 from research.core.memory import keep_freed_memory
 from research.core.progress import Progress, measured_matmul_peak
 from research.core.report import write_report
 from research.core.tensorboard import TensorBoard
 from research.core.types import Stage
-from research.core.workdir import FINISHED, Workdir, plain_config
+from research.core.workdir import FINISHED, OVERFIT, Workdir, plain_config
 from research.dry_run import described
-from research.experiment import Experiment, Table, Text, build, run
+from research.experiment import Experiment, Table, Text, build, members_of, run
 from research.intervals import t_interval
 
 
@@ -63,7 +64,7 @@ def default_workdir(name: str, suffix: str = "") -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
     keep_freed_memory()
-    with cli.one_line_errors("train"):
+    with cli.one_line_errors("train"), interrupts(raising=True):
         overrides = parse_overrides(rest)
         if args.seeds < 1:
             raise ValueError(f"--seeds {args.seeds}: 1 or more are wanted")
@@ -82,7 +83,8 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
     if args.dry_run:
         print(described(build(config, args.config)))
         return 0
-    workdir = Workdir.create(path, config, args.resume, args.overwrite)
+    given = plain_config(config) | ({OVERFIT: True} if args.overfit_one_batch else {})
+    workdir = Workdir.create(path, given, args.resume, args.overwrite)
     if workdir.status == FINISHED:
         print(f"{path} is finished; --overwrite runs it anew")
         print(cli.table(results_table(workdir.summary())))
@@ -90,6 +92,15 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
     experiment = build(config, args.config)
     if args.overfit_one_batch:
         experiment = overfitted(experiment)
+    preflight.check(
+        experiment.stages,
+        experiment.evaluations,
+        steps_per_call=experiment.steps_per_call,
+        log_every=experiment.log_every,
+        checkpoints=Checkpoints(workdir.checkpoints_path, **experiment.checkpoints),
+        mesh=experiment.mesh,
+        changed=workdir.changed,
+    )
     with workdir:
         workdir.begin()
         outcome, seconds = trained(experiment, workdir)
@@ -164,7 +175,10 @@ def overfitted(experiment: Experiment) -> Experiment:
 def several(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     """One run a seed, below one workdir; then each result's mean and 95% interval (Student's t) over the seeds."""
     base = Path(args.workdir) if args.workdir else default_workdir(args.config, "seeds")
-    first = load_config(args.config, overrides).seed
+    config = load_config(args.config, overrides)
+    if "learner" in config and members_of(config):
+        raise ValueError(f"--seeds {args.seeds} of a population: its members are seeds already; allowed: one of the two")
+    first = config.seed
     summaries = []
     for seed in range(first, first + args.seeds):
         path = base / f"seed-{seed}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.core.config import flat, load_config
+from research.core.config import find, flat, load_config
 from research.core.types import Variables
-from research.core.workdir import Run, load_run
+from research.core.workdir import OVERFIT, Run, load_run, read_json
 from research.experiment import Experiment, build
 from research.train import default_workdir
 
@@ -27,6 +26,7 @@ def opened(args: argparse.Namespace, overrides: Mapping[str, str]) -> Trained:
 
     Raises ValueError (one line) where there is no such run, or no checkpoint in it.
     """
+    find(args.config)
     path = Path(args.workdir) if args.workdir else default_workdir(args.config)
     trained_by: dict[str, Any] = dict(flat(saved_config(path)))
     config = load_config(args.config, {**trained_by, **overrides})
@@ -42,4 +42,4 @@ def saved_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise ValueError(f"{path} holds no run; train one there, or name another with --workdir")
-    return json.loads(file.read_text())
+    return {key: value for key, value in read_json(file).items() if key != OVERFIT}

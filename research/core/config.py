@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
+import math
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -55,23 +58,33 @@ def find(name: str) -> Path:
     path = split_name(name)[0]
     for root in config_roots():
         for candidate in (root / path, root / f"{path}.py", root / path / "config.py"):
-            if candidate.is_file():
+            if path and candidate.is_file():
                 return candidate.resolve()
-    raise ConfigError(f"--config {path}: no such file{suggestion(path, known_configs()) or '; see configs/'}")
+    near = suggestion(path, known_configs()) or suggestion(path, {Path(known).stem for known in known_configs()})
+    raise ConfigError(f"--config {path}: no such file{near or '; see configs/'}")
+
+
+def _faulty(path: Path, error: Exception) -> ConfigError:
+    """A config file's own error in one line, with the line of the file that it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    place = f"{path}:{lines[-1]}" if lines else str(path)
+    first = str(error).replace("\\n", "\n").splitlines()[:1]
+    return ConfigError(f"--config {place}: {': '.join([type(error).__name__, *first])}")
 
 
 def load_module(path: Path) -> ModuleType:
     """A config file as a module of its own, with its folder's name in front so that two may be called alike."""
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    spec: Any = importlib.util.spec_from_file_location(f"gnomon_config_{path.stem}_{digest}", path)
+    loader = importlib.machinery.SourceFileLoader(f"gnomon_config_{path.stem}_{digest}", str(path))
+    spec: Any = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     folders = [str(path.parent), str(HOLDER)]
     before = list(sys.path)
     sys.path[:0] = folders
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError) as error:
-        raise ConfigError(f"--config {path}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise _faulty(path, error) from error
     finally:
         sys.path[:] = before
     if not callable(getattr(module, "get_config", None)):
@@ -84,19 +97,23 @@ def arguments(module: ModuleType) -> list[str]:
     return sorted(getattr(module, "ARGS", ("smoke",)))
 
 
-def load_config(name: str, overrides: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> FrozenConfigDict:
+def load_config(name: str | Path, overrides: Mapping[str, Any] = MappingProxyType({}), **values: Any) -> FrozenConfigDict:
     """The config called `path[:arg]`, overridden, frozen.
 
     overrides: {"a.b": "text as on the command line"}. values: the same with Python values and "__" for ".":
     `load_config("lm/stdlib.py:smoke", train__steps=50)`. Raises ConfigError.
     """
+    name = str(name)
     path, arg = find(name), split_name(name)[1]
     module = load_module(path)
     allowed = arguments(module)
     if arg and arg not in allowed:
         raise ConfigError(f"--config {name}: no argument {arg!r}; allowed: {', '.join(allowed)}{suggestion(arg, allowed)}")
     takes_argument = bool(inspect.signature(module.get_config).parameters)
-    config = module.get_config(arg) if takes_argument else module.get_config()
+    try:
+        config = module.get_config(arg) if takes_argument else module.get_config()
+    except Exception as error:
+        raise _faulty(path, error) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config {path}: get_config returned {type(config).__name__}; a ConfigDict is wanted")
     _check_leaves(config)
@@ -150,12 +167,12 @@ def _converted(value: Any, old: Any, kind: type, key: str) -> Any:
         return ConfigError(f"--config.{key}={value!r}: {wanted} is wanted, as in {key}={old!r}")
 
     text = value if isinstance(value, str) else repr(value)
+    if old is None and (value is None or text.lower() == "none"):
+        return None
     if kind is str:
         if not isinstance(value, str):
             raise refuse("text")
         return value
-    if old is None and text.lower() == "none":
-        return None
     try:
         literal: Any = {"true": True, "false": False}.get(text.lower()) if kind is bool else ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -163,7 +180,7 @@ def _converted(value: Any, old: Any, kind: type, key: str) -> Any:
     if kind is bool and isinstance(literal, bool):
         return literal
     number = isinstance(literal, int | float) and not isinstance(literal, bool)
-    if number and (kind is float or (kind is int and literal == int(literal))):
+    if number and math.isfinite(literal) and (kind is float or (kind is int and literal == int(literal))):
         return kind(literal)
     if kind in (tuple, list) and isinstance(literal, tuple | list):
         if kind is tuple and len(literal) != len(old):

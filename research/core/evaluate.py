@@ -9,7 +9,7 @@ import jax
 
 from research.core.batches import prefetched
 from research.core.mesh import Layout
-from research.core.types import Batch, Evaluation, Key, Variables
+from research.core.types import Batch, Evaluation, Evaluator, Key, Variables
 
 
 def evaluator_run(evaluation: Evaluation, layout: Layout | None = None) -> Callable[[Variables, Key], Mapping[str, Any]]:
@@ -23,6 +23,8 @@ def evaluator_run(evaluation: Evaluation, layout: Layout | None = None) -> Calla
 
     def run(variables: Variables, key: Key) -> Mapping[str, Any]:
         stats, count = jax.tree.map(jax.numpy.asarray, evaluator.init()), 0
+        if layout is not None:
+            stats, variables = layout.placed((stats, variables))
         drawn = prefetched(put(batch) for batch in iter(batches.open()))
         try:
             for count, batch in enumerate(drawn, 1):
@@ -34,3 +36,8 @@ def evaluator_run(evaluation: Evaluation, layout: Layout | None = None) -> Calla
         return evaluator.finalize(jax.device_get(stats))
 
     return run
+
+
+def names_of(evaluator: Evaluator) -> list[str]:
+    """The names of what it measures, as it gives them on no data."""
+    return list(evaluator.finalize(jax.device_get(jax.tree.map(jax.numpy.asarray, evaluator.init()))))

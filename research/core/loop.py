@@ -7,9 +7,7 @@ model and no topic. Randomness is a key and a step: the step's key is `fold_in(k
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +19,7 @@ from research.core.batches import calls, open_at, prefetched
 from research.core.checkpoint import Checkpoints, Saved
 from research.core.evaluate import evaluator_run
 from research.core.hooks import Hook
+from research.core.interrupts import interrupts
 from research.core.mesh import Layout, entered
 from research.core.nonfinite import Replay
 from research.core.types import Batches, Evaluation, Key, Learner, Stage, State, Variables
@@ -89,26 +88,19 @@ def owned(state: State, abstract: State) -> State:
     return jax.tree.map(lambda x, a: jnp.copy(jax.device_put(x, a.sharding) if a.sharding is not None else x), state, abstract)
 
 
-@contextlib.contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """An event set by the first SIGTERM or Ctrl-C; a second Ctrl-C raises. Signals reach the main thread alone; elsewhere the
-    event is never set."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(signum, frame):
-        if asked.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+def check_periods(
+    steps: int, steps_per_call: int, log_every: int, checkpoint_every: int, evaluations: Mapping[str, Evaluation]
+) -> None:
+    """ValueError (one line) on a number of steps that is none, and on a period that is no multiple of steps_per_call."""
+    periods = {"log_every": log_every, "checkpoint every": checkpoint_every}
+    periods |= {f"evaluate every ({name})": e.every for name, e in evaluations.items()}
+    for name, value in {"steps": steps, "steps_per_call": steps_per_call, **periods}.items():
+        least = 1 if name in ("steps_per_call", "log_every") else 0
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value}; allowed: a whole number from {least}")
+    for name, period in periods.items():
+        if period % steps_per_call:
+            raise ValueError(f"{name}={period} is not a multiple of steps_per_call={steps_per_call}")
 
 
 def train(
@@ -132,16 +124,13 @@ def train(
     """`fit`, telling how it ended. `place`: what was saved beside `state`, as `where` gives it. `stage`: the number that
     checkpoints carry."""
     evaluations = dict(evaluations or {})
-    periods = {"log_every": log_every, "checkpoint every": checkpoints.every if checkpoints else 0}
-    periods |= {f"evaluate every ({name})": e.every for name, e in evaluations.items()}
-    for name, period in periods.items():
-        if period % steps_per_call:
-            raise ValueError(f"{name}={period} is not a multiple of steps_per_call={steps_per_call}")
+    check_periods(steps, steps_per_call, log_every, checkpoints.every if checkpoints else 0, evaluations)
     contracts.check_learner(learner)
     k_init, k_run, k_eval = jax.random.split(key, 3)
 
     with entered(mesh), interrupts() as interrupted, contextlib.ExitStack() as closing:
         program = compiled(learner, mesh)
+        variables = mesh.placed(variables) if mesh else variables
         state = owned(program.init(k_init, variables) if state is None else state, program.abstract)
         results: dict[str, Any] = {}
         step, seen, stop = int(state["step"]), [], None

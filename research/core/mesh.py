@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from research.core.names import nearest
+from research.core.names import suggestion
 from research.core.tree import joined, map_with_path
+from research.core.types import Tree
 
 AXES = ("data", "fsdp")
 RULES: Mapping[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "embed": ("fsdp",)}
@@ -61,6 +62,16 @@ class Layout(NamedTuple):
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def placed(self, tree: Tree) -> Tree:
+        """The tree, leaves that lie elsewhere copied to every device of the mesh; those on it stay as they are laid out."""
+        devices = set(self.mesh.devices.flat)
+
+        def place(x: Any) -> jax.Array:
+            here = isinstance(x, jax.Array) and x.sharding.device_set == devices
+            return x if here else jax.device_put(x, self.replicated)
+
+        return jax.tree.map(place, tree)
+
 
 def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = RULES) -> Layout | None:
     """A Layout over the first prod(sizes) devices; one size may be -1 (all that are left). None where every size is 1.
@@ -69,7 +80,7 @@ def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = R
     """
     for axis in sizes:
         if axis not in AXES:
-            raise ValueError(f"mesh.{axis}: no such mesh axis; allowed: {', '.join(AXES)}; nearest: {nearest(axis, AXES)}")
+            raise ValueError(f"mesh.{axis}: no such mesh axis; allowed: {', '.join(AXES)}{suggestion(axis, AXES)}")
     for name, over in rules.items():
         for axis in over:
             if axis not in AXES:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -47,7 +50,8 @@ def keywords(fn: Callable[..., Any]) -> tuple[list[str], list[str]]:
 def call_checked(fn: Callable[..., T], kwargs: Mapping[str, Any], where: str) -> T:
     """`fn(**kwargs)` after comparing the keywords with its signature. `where` names the section of the config, such as "model".
 
-    Raises ValueError (one line) for an unknown keyword, with the nearest match, and for missing ones.
+    Raises ValueError (one line) for an unknown keyword, with the nearest match, for missing ones, and for a value that is not
+    of the plain type (int, float, bool, str or a sequence of them) that the signature says.
     """
     allowed, required = keywords(fn)
     for name in kwargs:
@@ -59,4 +63,32 @@ def call_checked(fn: Callable[..., T], kwargs: Mapping[str, Any], where: str) ->
         raise ValueError(
             f"{where} lacks {', '.join(f'{where}.{name}' for name in missing)}; given: {', '.join(kwargs) or 'none'}"
         )
+    hints = typing.get_type_hints(_undone(fn))
+    for name, value in kwargs.items():
+        if not _fits(value, hints.get(name, Any)):
+            wanted = getattr(hints[name], "__name__", str(hints[name])).replace("collections.abc.", "")
+            raise ValueError(f"{where}.{name}={value!r} is of the wrong type; allowed: {wanted}")
     return fn(**kwargs)
+
+
+def _undone(fn: Any) -> Any:
+    """The function whose annotations say what `fn` takes."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn.__init__ if inspect.isclass(fn) else fn
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a plain type; a hint of another kind allows all."""
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is type(None):
+        return value is None
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin in (Sequence, list, tuple) and not (origin is tuple and inner[-1] is not ...):
+        return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
+    return True

@@ -130,7 +130,8 @@ class Evaluator(NamedTuple):
 
     init: () -> stats.
     update: (stats, variables, batch, key) -> stats; pure, compiled.
-    finalize: stats -> {name: value}; on the host, values are floats or NumPy arrays.
+    finalize: stats -> {name: value}; on the host, values are floats or NumPy arrays. Those of `init` have the same names, NaN
+        where there is nothing to say.
     """
 
     init: Callable[[], Tree]

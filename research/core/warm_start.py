@@ -40,6 +40,11 @@ def matched(
     """
     source: dict[str, Any] = {}
     used = {pattern: False for pattern, _ in rename}
+    for pattern, _ in rename:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"warm start: the pattern {pattern!r} is no regular expression: {error}") from error
     for path, leaf in leaves_with_paths({g: loaded[g] for g in groups}):
         name = joined(path)
         for pattern, replacement in rename:

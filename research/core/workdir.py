@@ -6,6 +6,7 @@ metrics.jsonl    what was logged, one JSON object a line (research.core.hooks)
 events/          the same for TensorBoard
 checkpoints/     States (research.core.checkpoint)
 report.html      curves, tables and samples on one page (research.core.report)
+evaluations.jsonl  what `gnomon evaluate` measured later
 summary.json     final metrics under the names they are logged with, steps, wall_seconds, state_sha256; written last, so
                  it is there exactly when the run is finished
 """
@@ -34,7 +35,17 @@ from research.core.types import GROUPS, Learner, State, Variables
 
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 _LOCK = ".lock"
-_OURS = ("summary.json", "report.html", "events", "checkpoints", "metrics.jsonl", "versions.json", "config.json")
+OVERFIT = "overfit_one_batch"  # in config.json of a run on its first batch alone, which is another run than the config's
+_OURS = (
+    "summary.json",
+    "report.html",
+    "evaluations.jsonl",
+    "events",
+    "checkpoints",
+    "metrics.jsonl",
+    "versions.json",
+    "config.json",
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -107,7 +118,8 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file of a run holds. ValueError, naming it, where that is no JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -172,7 +184,7 @@ class Workdir:
             raise ValueError(f"workdir {path} holds no run but is not empty ({listed}); allowed: a new or empty folder")
         if overwrite or not _trained(path):
             return cls(path, given, NEW, [], overwrite=True)
-        changed = differences(_read_json(path / "config.json"), given)
+        changed = differences(read_json(path / "config.json"), given)
         if changed and not resume:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ValueError(
@@ -213,7 +225,7 @@ class Workdir:
 
     def _write_versions(self) -> None:
         path, now = self.path / "versions.json", versions()
-        before = _read_json(path) if path.exists() else {}
+        before = read_json(path) if path.exists() else {}
         earlier = before.pop("earlier", [])
         if before and (before != files.plain(now) or self.changed):
             earlier = [*earlier, before | {"config_then": [change.replace(", given ", ", then ") for change in self.changed]}]
@@ -234,7 +246,7 @@ class Workdir:
     def summary(self) -> dict[str, Any] | None:
         """summary.json of a finished run, else None."""
         path = self.path / "summary.json"
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def finish(self, results: Mapping[str, Any], state: State, seconds: float) -> dict[str, Any]:
         """Writes summary.json and returns what is in it. results: final metrics under their full names. seconds: wall time
@@ -326,5 +338,5 @@ def load_run(
         variables = owner.variables(state)
     elif state is not None and {*GROUPS} <= {*state}:
         variables = {group: state[group] for group in GROUPS}
-    summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else None
-    return Run(_read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)
+    summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None
+    return Run(read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from research.core.names import choose
 from research.data import fashion_mnist
 
 FETCHED = {fashion_mnist.NAME: fashion_mnist.fetch}
@@ -18,15 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Fetch a data set and check its files. Other data are made here, or read from your own files.",
         epilog="example: gnomon data fashion-mnist --to data/fashion-mnist",
     )
-    parser.add_argument("name", choices=sorted(FETCHED), help="which data set")
+    parser.add_argument("name", help=f"which data set: {', '.join(sorted(FETCHED))}")
     parser.add_argument(
         "--to", metavar="DIR", help="folder for its files (default: in $GNOMON_DATA, else the user's cache, else ./data)"
     )
     arguments = parser.parse_args(argv)
     try:
-        FETCHED[arguments.name](arguments.to, say=lambda line: print(line, flush=True))
+        choose(FETCHED, arguments.name, "data set")(arguments.to, say=lambda line: print(line, flush=True))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"gnomon data: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import jax
 
 from research.core import loop
-from research.core.config import find, flat, load_config, load_module
+from research.core.config import find, flat, is_section, load_config, load_module
+from research.core.evaluate import names_of
 from research.core.hooks import EarlyStopping
 from research.core.loop import Outcome
-from research.core.mesh import make_layout
+from research.core.mesh import RULES, make_layout
 from research.core.names import choose
-from research.core.types import Key, Stage, Task, Variables
+from research.core.types import Evaluation, Key, Learner, Stage, Task, Variables
 from research.core.warm_start import warm_start
 from research.core.workdir import load_run
 from research.experiment.language import language
@@ -32,7 +33,7 @@ from research.experiment.wrapping import learner_of, lifted, members_of, task_of
 from research.learners import members
 from research.transforms import teach
 
-__all__ = ["Experiment", "Parts", "Table", "Text", "build", "run"]
+__all__ = ["Experiment", "Parts", "Table", "Text", "build", "members_of", "run"]
 
 KINDS: Mapping[str, Callable[[Any], Parts]] = {
     "language_model": language,
@@ -43,6 +44,12 @@ COMMON = (
     "seed", "task", "model", "data", "stream", "transforms", "estimate", "optimizer", "learner", "train", "evaluate",
     "checkpoint", "early_stopping", "warm_start", "mesh", "rules",
 )  # fmt: skip
+SECTIONS = {
+    "train": ("steps", "steps_per_call", "log_every", "replay"),
+    "checkpoint": ("every", "keep_latest", "keep_best", "best", "mode"),
+    "early_stopping": ("metric", "patience", "mode"),
+    "warm_start": ("workdir", "rename"),
+}
 OWN = {"language_model": ("sample", "closing"), "classification": (), "regression": ()}
 
 
@@ -58,10 +65,15 @@ def build(config: Any, name: str | None = None) -> Experiment:
 
 def assembled(config: Any) -> Experiment:
     """The Experiment of a config in the project's own form, as configs/base.py begins it."""
+    if "task" not in config or not is_section(config.task) or "name" not in config.task:
+        raise ValueError(f"config lacks task.name; allowed: {', '.join(KINDS)}")
     kind = config.task.name
     make = choose(KINDS, kind, "task.name")
     only(config, (*COMMON, *OWN[kind]), "")
-    only(config.train, ("steps", "steps_per_call", "log_every", "replay"), "train")
+    for section, keys in SECTIONS.items():
+        only(config[section], keys, section)
+    if config.train.steps < 1:
+        raise ValueError(f"train.steps={config.train.steps}; allowed: 1 or more")
     layout = make_layout(arguments(config.mesh), arguments(config.rules))
     parts = make(config)
     teacher = _teacher(config.transforms)
@@ -70,12 +82,15 @@ def assembled(config: Any) -> Experiment:
     enter = _warm(config.warm_start, parts.task)
     if teacher:
         enter = _taught(teach(task, teacher.variables), enter)
+    _check_rules(config.rules, learner)
+    evaluations = lifted(parts.evaluations, n)
+    _check_metrics(config, evaluations)
     stage = Stage(learner, parts.train, config.train.steps, members(enter, n) if n and enter else enter)
     early = arguments(config.early_stopping)
     history = [partial(EarlyStopping, **early)] if early["patience"] else []
     return Experiment(
         [stage],
-        lifted(parts.evaluations, n),
+        evaluations,
         seed=config.seed,
         steps_per_call=config.train.steps_per_call,
         log_every=config.train.log_every,
@@ -92,6 +107,27 @@ def assembled(config: Any) -> Experiment:
     )
 
 
+def _check_metrics(config: Any, evaluations: Mapping[str, Evaluation]) -> None:
+    """ValueError where a metric is named that no evaluation measures, or only at the end, when it is too late to stop by it."""
+    named = {"checkpoint.best": config.checkpoint.best}
+    if config.early_stopping.patience:
+        named["early_stopping.metric"] = config.early_stopping.metric
+    for key, metric in named.items():
+        measured = {f"{p}/{name}": e.every for p, e in evaluations.items() if metric for name in names_of(e.evaluator)}
+        if metric:
+            every = choose(measured, metric, key)
+            if key == "early_stopping.metric" and not every:
+                raise ValueError(f"{key}={metric!r} is measured once, at the end; allowed: what evaluate.every says how often")
+
+
+def _check_rules(rules: Any, learner: Learner) -> None:
+    """ValueError on a rule for a logical name that neither the defaults have nor an array carries."""
+    specs, axes = jax.tree.leaves(learner.batch), jax.tree.leaves(learner.axes, is_leaf=lambda x: isinstance(x, jax.P))
+    carried = {name for names in [*(s.axes for s in specs), *axes] for name in names if isinstance(name, str)}
+    for name in rules:
+        choose(dict.fromkeys({*RULES, *carried}), name, "rules: logical axis")
+
+
 class Teacher(NamedTuple):
     task: Task
     variables: Variables
@@ -99,8 +135,10 @@ class Teacher(NamedTuple):
 
 def _teacher(section: Any) -> Teacher | None:
     """The task and the trained variables that `transforms.distill` names by config and workdir, if it is listed."""
-    if "distill" not in section.wrap:
+    if "wrap" not in section or "distill" not in section.wrap:
         return None
+    keys = ("config", "workdir", "temperature", "weight")
+    only(section.distill if "distill" in section else {}, keys, "transforms.distill")
     given = section.distill
     run = load_run(given.workdir)
     if run.variables is None:
@@ -116,9 +154,11 @@ def _taught(teaching: Callable[..., Any], warm: Callable[..., Any] | None) -> Ca
 
 def _warm(section: Any, task: Task) -> Callable[..., Any] | None:
     """An `enter` that starts from the variables of `warm_start.workdir`, if one is named."""
-    only(section, ("workdir", "rename"), "warm_start")
     if not section.workdir:
         return None
+    for pair in section.rename:
+        if "->" not in pair:
+            raise ValueError(f"warm_start.rename: {pair!r} is no 'pattern->replacement'")
     rename = [tuple(pair.split("->", 1)) for pair in section.rename]
     return warm_start(task.init, lambda: load_run(section.workdir).variables, print, rename=rename)
 

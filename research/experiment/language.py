@@ -20,9 +20,9 @@ from research.data.text import Corpus, text_corpora
 from research.data.windows import random_windows, scored_windows
 from research.evals import bits_per_byte
 from research.experiment.parts import Parts, Table, Text
-from research.experiment.sections import called, only
+from research.experiment.sections import arguments, called, only
 from research.models import MODELS
-from research.tasks import generate, language_model
+from research.tasks import check_request, generate, language_model
 
 
 def _standard_library() -> dict[str, Corpus]:
@@ -61,6 +61,10 @@ def language(config: Any) -> Parts:
     evaluations = {"val": measured(validation, 0, None), "test": measured(test, 0, None)}
     if config.evaluate.every:
         evaluations = {"val_part": measured(validation, config.evaluate.every, config.evaluate.windows), **evaluations}
+    if config.evaluate.every and config.evaluate.windows < 1:
+        raise ValueError(f"evaluate.windows={config.evaluate.windows}; allowed: 1 or more")
+    if "sample" in config.closing:
+        check_request(task.methods["decode"], len(prompt_of(config.sample.prompt, train)), **arguments(config.sample, "prompt"))
     sample = partial(sampled, task, train, config.sample)
     closings = {
         "compressors": partial(compared, test, [train, validation]),
@@ -81,9 +85,14 @@ def language(config: Any) -> Parts:
 TASKS: Mapping[str, Callable[..., Task]] = {"language_model": language_model}
 
 
+def prompt_of(text: str, corpus: Corpus) -> np.ndarray:
+    """Tokens of a prompt, [length]; the corpus's first token for an empty one."""
+    return corpus.tokenizer.encode(text.encode()) if text else np.array([corpus.start])
+
+
 def sampled(task: Task, corpus: Corpus, options: Any, variables: Variables, key: Key, count: int) -> list[str]:
     """`count` texts that go on from `options.prompt`."""
-    prompt = corpus.tokenizer.encode(options.prompt.encode()) if options.prompt else np.array([corpus.start])
+    prompt = prompt_of(options.prompt, corpus)
     tokens = generate(
         task.methods["decode"],
         variables,

@@ -31,13 +31,21 @@ def called(table: Mapping[str, Callable[..., T]], section: Any, where: str, *fir
 def wrapped(inner: T, table: Mapping[str, Callable[..., T]], section: Any, where: str) -> T:
     """`inner`, wrapped by what `section.wrap` lists, the first one innermost; each takes its keys from `section.<its name>`.
 
-    Raises ValueError on a name that the table does not have, or a section for something that is not listed.
+    Raises ValueError on a name that the table does not have or that is listed twice, and on a key that nothing would read.
     """
+    if "wrap" not in section:
+        raise ValueError(f"config lacks {where}.wrap; allowed: a list of {', '.join(sorted(table))}")
     names: Sequence[str] = section["wrap"]
     for key in section:
-        if key not in names and key in table:
-            raise ValueError(f"{where}.{key} has keys, but {where}.wrap={list(names)!r} does not list {key!r}")
+        if key not in ("wrap", *names):
+            if key in table:
+                raise ValueError(f"{where}.{key} has keys, but {where}.wrap={list(names)!r} does not list {key!r}")
+            raise ValueError(
+                f"config key {where}.{key} is unknown; allowed: {', '.join(sorted(table))}{suggestion(key, table)}"
+            )
     for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}.wrap={list(names)!r} lists {name!r} twice; allowed: once")
         wrap = choose(table, name, f"{where}.wrap")
         given = section.get(name, {})
         inner = call_checked(partial(wrap, inner), arguments(given), f"{where}.{name}")

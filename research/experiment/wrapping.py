@@ -15,6 +15,22 @@ def _augment(task: Task, *, crop: int, flip: bool) -> Task:
     return transforms.augment(task, augmentations.crop_and_flip(crop, flip))
 
 
+def _accumulated(inner: Estimate, *, n: int) -> Estimate:
+    return estimates.accumulated(n, inner)
+
+
+def _sharpness_aware(inner: Estimate, *, rho: float) -> Estimate:
+    return estimates.sharpness_aware(rho, inner)
+
+
+def _average(learner: Learner, *, decay: float) -> Learner:
+    return learners.average(learner, decay)
+
+
+def _population(learner: Learner, *, n: int, method: str) -> Learner:
+    return learners.population(learner, n, method=method)
+
+
 TRANSFORMS: Mapping[str, Callable[..., Task]] = {"augment": _augment}
 # An estimate to begin with, and what may wrap it.
 BASES: Mapping[str, Callable[..., Estimate]] = {
@@ -22,13 +38,13 @@ BASES: Mapping[str, Callable[..., Estimate]] = {
     "clipped_per_example": estimates.clipped_per_example,
 }
 ESTIMATES: Mapping[str, Callable[..., Estimate]] = {
-    "accumulated": lambda inner, *, n: estimates.accumulated(n, inner),
-    "sharpness_aware": lambda inner, *, rho: estimates.sharpness_aware(rho, inner),
+    "accumulated": _accumulated,
+    "sharpness_aware": _sharpness_aware,
 }
 LEARNERS: Mapping[str, Callable[..., Learner]] = {
     "skip_nonfinite": learners.skip_nonfinite,
-    "average": lambda learner, *, decay: learners.average(learner, decay),
-    "population": lambda learner, *, n, method: learners.population(learner, n, method=method),
+    "average": _average,
+    "population": _population,
 }
 
 
@@ -48,9 +64,11 @@ def learner_of(config: Any, task: Task) -> Learner:
     config.estimate: {name: "exact", wrap: ["accumulated"], accumulated: {n: 4}}, and the keys of the one that is named.
     config.learner.watch: {group: regular expression} for norms by group of paths.
     """
-    around = config.estimate.wrap
+    around = config.estimate.wrap if "wrap" in config.estimate else ()
     base = called(BASES, _without(config.estimate, "wrap", *around), "estimate")
     estimate = wrapped(base, ESTIMATES, {k: config.estimate[k] for k in ("wrap", *around) if k in config.estimate}, "estimate")
+    if "watch" not in config.learner:
+        raise ValueError("config lacks learner.watch; allowed: {group: regular expression}, or {}")
     tx = optim.make(arguments(config.optimizer), steps=config.train.steps)
     base = learners.gradient(task, tx, estimate, watch=arguments(config.learner.watch))
     return wrapped(base, LEARNERS, _without(config.learner, "watch"), "learner")
@@ -62,7 +80,8 @@ def _without(section: Any, *keys: str) -> dict[str, Any]:
 
 def members_of(config: Any) -> int:
     """How many members the learner has; 0 where it is no population."""
-    return config.learner.population.n if "population" in config.learner.wrap else 0
+    section = config.learner
+    return section.population.n if "wrap" in section and "population" in section.wrap and "population" in section else 0
 
 
 def lifted(evaluations: Mapping[str, Evaluation], n: int) -> dict[str, Evaluation]:

@@ -139,6 +139,8 @@ def transformer(
     """
     for name, value in {"vocab": vocab, "context": context, "width": width, "layers": layers}.items():
         checks.positive(f"model.{name}", value)
+    for name, scale in {"rope_base": rope_base, "qk_norm": qk_norm}.items():
+        checks.not_negative(f"model.{name}", scale)
     if not head_dim:
         checks.divisible("model.width", width, "model.heads", heads)
     if not pattern or set(pattern) - {GLOBAL, SLIDING}:

@@ -19,6 +19,12 @@ def divisible(name: str, value: int, by_name: str, by: int) -> None:
         raise ValueError(f"{name}={value} is not divisible by {by_name}={by}; nearest: {nearest}")
 
 
+def not_negative(name: str, value: float) -> None:
+    """Raises ValueError unless value >= 0."""
+    if value < 0:
+        raise ValueError(f"{name}={value} must be at least 0")
+
+
 def fraction(name: str, value: float) -> None:
     """Raises ValueError unless 0 <= value < 1."""
     if not 0 <= value < 1:

@@ -56,17 +56,8 @@ def _continued(variables, prompt, cache, key, *, decode, tokens, temperature, to
     return jnp.concatenate([sampled, last[None]]).T
 
 
-def generate(
-    decode: Method, variables: Variables, prompt: Array, key: Key, *, tokens: int, temperature: float, top_k: int
-) -> Array:
-    """int32 [batch, tokens] that go on from `prompt`, int32 [batch, length]: one pass over the prompt, then a token at a time.
-
-    decode: `task.methods["decode"]` of a language model; variables of one model (not stacked). The compiled program is kept for
-    each `decode` and shape. temperature 0 takes the likeliest token; top_k 0 draws from all.
-
-    Raises ValueError where the prompt is empty, or more positions would be read than the cache holds.
-    """
-    length = prompt.shape[1]
+def check_request(decode: Method, length: int, *, tokens: int, temperature: float, top_k: int) -> None:
+    """ValueError (one line) where `generate` cannot go on from `length` tokens so."""
     if not length or tokens < 1:
         raise ValueError(f"generate: {length} tokens of prompt and {tokens} to come; both must be at least 1")
     if temperature < 0 or top_k < 0:
@@ -77,6 +68,19 @@ def generate(
         raise ValueError(
             f"generate: {length} tokens of prompt + {tokens} to come exceed the context of {context}; at most {most}"
         )
+
+
+def generate(
+    decode: Method, variables: Variables, prompt: Array, key: Key, *, tokens: int, temperature: float, top_k: int
+) -> Array:
+    """int32 [batch, tokens] that go on from `prompt`, int32 [batch, length]: one pass over the prompt, then a token at a time.
+
+    decode: `task.methods["decode"]` of a language model; variables of one model (not stacked). The compiled program is kept for
+    each `decode` and shape. temperature 0 takes the likeliest token; top_k 0 draws from all.
+
+    Raises ValueError where the prompt is empty, a number is out of range, or more positions would be read than the cache holds.
+    """
+    check_request(decode, prompt.shape[1], tokens=tokens, temperature=temperature, top_k=top_k)
     cache = empty_cache(decode, prompt.shape[0])
     options = {"tokens": tokens, "temperature": temperature, "top_k": top_k}
     return _continued(variables, jnp.asarray(prompt, jnp.int32), cache, key, decode=decode.apply, **options)

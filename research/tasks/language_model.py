@@ -31,6 +31,7 @@ def language_model(model: Functional, *, batch: int, length: int, label_smoothin
     checks.positive("task.batch", batch)
     checks.positive("task.length", length)
     checks.fraction("task.label_smoothing", label_smoothing)
+    checks.not_negative("task.z_loss", z_loss)
     context = model.ask("context_length")
     if length > context:
         raise ValueError(f"task.length={length} exceeds model.context={context}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from research.core.config import (
@@ -132,3 +134,10 @@ def test_names_split_at_the_last_colon_and_the_projects_configs_are_found():
     assert split_name("a/b.py:smoke") == ("a/b.py", "smoke") and split_name("a/b.py") == ("a/b.py", "")
     assert "configs/lm/stdlib.py" in known_configs()
     assert find("lm/stdlib") == find("configs/lm/stdlib.py")
+
+
+@pytest.mark.parametrize("name", known_configs())
+def test_a_config_flattened_overrides_itself_to_the_same(name):
+    """As `evaluate` and `sample` do with the config that a run's folder holds."""
+    plain = json.loads(json.dumps(load_config(name).to_dict()))
+    assert load_config(name, dict(flat(plain))) == load_config(name)

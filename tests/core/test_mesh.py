@@ -40,7 +40,7 @@ def test_shardings_place_arrays_as_said():
 @pytest.mark.parametrize(
     "sizes, rules, says",
     [
-        ({"dat": 2}, RULES, "mesh.dat: no such mesh axis; allowed: data, fsdp; nearest: data"),
+        ({"dat": 2}, RULES, "mesh.dat: no such mesh axis; allowed: data, fsdp; nearest: 'data'"),
         ({"data": 3, "fsdp": 5}, RULES, "at most 8 devices"),
         ({"data": -1, "fsdp": -1}, RULES, "at most one is -1"),
         ({"data": -1, "fsdp": 3}, RULES, "a divisor of 8 devices"),

@@ -11,6 +11,7 @@ import pytest
 
 from research.__main__ import main
 
+MNIST1D = "configs/papers/mnist1d/config.py:smoke"
 LM, TEXT, FASHION = "configs/lm/stdlib.py:smoke", "configs/lm/text.py:smoke", "configs/vision/fashion_mnist.py:smoke"
 
 
@@ -25,6 +26,7 @@ def data(tmp_path):
     folder.mkdir()
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("too short")
+    (folder / "packed.txt.gz").write_bytes(gzip.compress(b"a text " * 5000))
     (folder / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 2000)
     (folder / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "other.jsonl").write_text(json.dumps({"texts": "a" * 5000}) + "\n")
@@ -76,7 +78,30 @@ CASES = {
     "a mesh too large": (LM, ["--config.mesh.data=64"], "devices"),
     "length and context": (LM, ["--config.stream.length=4096"], "exceeds model.context"),
     "a word that is no option": (LM, ["--confg.train.steps=3"], "not understood"),
+    "a seed of the data": ("configs/papers/mnist1d/config.py:smoke", ["--config.data.seed=-1"], "data.seed=-1"),
     "no seeds": (LM, ["--seeds", "0"], "--seeds 0"),
+    "a word for a number of seeds": (LM, ["--seeds", "x"], "--seeds"),
+    "seeds of seeds": (MNIST1D, ["--seeds", "2"], "its members are seeds already"),
+    "no steps": (LM, ["--config.train.steps=0"], "train.steps=0"),
+    "an endless number": (LM, ["--config.train.steps=1e400"], "a whole number is wanted"),
+    "no steps in a call": (LM, ["--config.train.steps_per_call=0"], "steps_per_call=0"),
+    "never logged": (LM, ["--config.train.log_every=0"], "log_every=0"),
+    "a period of no calls": (LM, ["--config.train.steps_per_call=3"], "is not a multiple of steps_per_call=3"),
+    "a negative period": (LM, ["--config.evaluate.every=-1"], "evaluate"),
+    "a best that is not measured": (LM, ["--config.checkpoint.best=val/bits_per_byt"], "nearest: 'val/bits_per_byte'"),
+    "a stop by what is measured once": (
+        LM,
+        ["--config.early_stopping.patience=2", "--config.early_stopping.metric=val/nll"],
+        "measured once, at the end",
+    ),
+    "too long a sample": (LM, ["--config.sample.tokens=9999"], "exceed the context"),
+    "a negative base": (LM, ["--config.model.rope_base=-1"], "model.rope_base=-1"),
+    "one wrapper twice": (LM, ["--config.learner.wrap=['skip_nonfinite','skip_nonfinite']"], "twice"),
+    "a rename that says nothing": (
+        LM,
+        ["--config.warm_start.workdir=x", "--config.warm_start.rename=['a']"],
+        "warm_start.rename: 'a'",
+    ),
 }
 
 
@@ -98,18 +123,58 @@ def test_a_config_that_cannot_be_is_one_line(case, tmp_path, capfd):
     assert says in line and not (tmp_path / "run").exists()
 
 
+FILES = {
+    "a mistyped section": ("config.modle.layers = 6", "modle"),
+    "a text for a number": ("config.train.steps = '4'", "mine.py:7"),
+    "an error of its own": ("1 / 0", "mine.py:7: ZeroDivisionError"),
+    "a wrapper's mistyped keys": ("config.learner.averag = {'decay': 0.9}", "nearest: 'average'"),
+    "a rule for no axis": ("config.rules.embd = ['fsdp']", "nearest: 'embed'"),
+    "a checkpoint's mistyped key": ("config.checkpoint.evry = 3", "nearest: 'every'"),
+    "no list of wrappers": ("del config.transforms['wrap']", "lacks transforms.wrap"),
+    "no groups to watch": ("del config.learner['watch']", "lacks learner.watch"),
+    "no task": ("del config['task']", "lacks task.name"),
+    "a wrong type in a section of its own": (
+        "config.learner.wrap, config.learner.average = ['average'], {'decay': 'x'}",
+        "learner.average.decay='x'",
+    ),
+    "half a microbatch": (
+        "config.estimate = {'name': 'exact', 'wrap': ['accumulated'], 'accumulated': {'n': 4.0}}",
+        "estimate.accumulated.n=4.0",
+    ),
+    "no teacher": ("config.transforms.wrap = ['distill']", "transforms.distill"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_config_file_that_cannot_be_is_one_line(case, tmp_path, capfd):
+    line, says = FILES[case]
+    source = f"""
+from configs.lm import stdlib
+
+
+def get_config(arg=""):
+    config = stdlib.get_config("smoke")
+    {line}
+    return config
+"""
+    (tmp_path / "mine.py").write_text(source)
+    told = refused(capfd, ["train", "--config", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run")])
+    assert says in told and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "names, more, says",
     [
         (["nothing.txt"], [], "nothing.txt"),
         (["*.md"], [], "matches no file"),
         (["empty.txt"], [], "empty"),
+        (["packed.txt.gz"], [], "unpack it"),
         (["short.txt"], [], "leaves nothing for validation"),
         (["rows.jsonl"], ["--config.data.field=text"], "rows.jsonl"),
         (["other.jsonl"], ["--config.data.field=text"], "texts"),
         (["latin.txt"], ["--config.data.tokenizer=TOKENIZER"], "latin.txt"),
     ],
-    ids=["missing", "no match", "empty", "short", "no JSON", "no field", "no UTF-8"],
+    ids=["missing", "no match", "empty", "packed", "short", "no JSON", "no field", "no UTF-8"],
 )
 def test_text_that_cannot_be_read_is_one_line(names, more, says, data, tmp_path, capfd):
     if any("TOKENIZER" in word for word in more):

@@ -1,0 +1,82 @@
+"""What was trained is kept: a command that is refused, or another kind of run, changes nothing of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from research import reproduce
+from research.__main__ import main
+
+CONFIG = "configs/papers/mnist1d/config.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of a small population."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    assert train(folder) == 0
+    return folder
+
+
+def train(folder: Path, *more: str, config: str = CONFIG) -> int:
+    return main(["train", "--config", config, "--workdir", str(folder), *more])
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--resume", "--config.model.kind=cnn"], "model.kind: was 'mlp', given 'cnn'"),
+        (["--resume", "--config.train.log_every=7"], "is not a multiple of steps_per_call"),
+        (["--overwrite", "--config.train.log_every=7"], "is not a multiple of steps_per_call"),
+        (["--overwrite", "--config.stream.batch=100000"], "batch"),
+        (["--overfit-one-batch"], "overfit_one_batch: was absent, given True"),
+    ],
+)
+def test_a_refused_command_changes_nothing(finished, more, says, capfd):
+    before = content(finished)
+    with pytest.raises(SystemExit) as ended:
+        train(finished, *more)
+    assert ended.value.code == 2 and says in capfd.readouterr().err
+    assert content(finished) == before and "summary.json" in before
+
+
+def test_measurements_of_a_run_go_with_it(finished, tmp_path):
+    assert train(tmp_path / "run") == 0
+    assert main(["evaluate", "--config", CONFIG, "--workdir", str(tmp_path / "run")]) == 0
+    assert train(tmp_path / "run", "--overwrite", "--config.seed=3") == 0
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_a_run_on_a_mesh_is_measured_again_and_starts_from_one_without(tmp_path):
+    config = str(tmp_path / "alone.py")
+    Path(config).write_text(
+        "from configs.papers.mnist1d import config\n"
+        "def get_config(arg=''):\n"
+        "    made = config.get_config('smoke')\n"
+        "    made.learner = {'wrap': [], 'watch': {}}\n"
+        "    return made\n"
+    )
+    first, folder = tmp_path / "first", tmp_path / "run"
+    assert train(first, config=config) == 0
+    assert train(folder, "--config.mesh.data=2", f"--config.warm_start.workdir={first}", config=config) == 0
+    assert main(["evaluate", "--config", config, "--workdir", str(folder), "--only", "test"]) == 0
+    line = json.loads((folder / "evaluations.jsonl").read_text())
+    assert line["test/nll"] == json.loads((folder / "summary.json").read_text())["test/nll"]
+
+
+def test_a_changed_config_is_no_result_of_a_paper(tmp_path, capfd):
+    """The recorded lines stay as they are, and what ran is said not to be recorded."""
+    file = reproduce.PAPERS / "mnist1d" / "results.jsonl"
+    before = file.read_bytes()
+    changed = ["--config.train.steps=50", "--config.train.log_every=50", "--config.checkpoint.every=50"]
+    assert main(["reproduce", "mnist1d", "--only", "linear", "--workdir", str(tmp_path), *changed]) == 0
+    assert file.read_bytes() == before and "not recorded" in capfd.readouterr().out
