@@ -59,11 +59,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "adam_match": "embed|tables|head|norm|scale|bias|conv|copy",
         "schedule": {"name": "wsd", "warmup": 20, "decay": 0.7},
     }
-    config.evaluate = {"every": 200, "batch": 8, "length": 2048, "context": 512, "windows": 32}
+    config.evaluate = {"every": 350, "batch": 8, "length": 2048, "context": 512, "windows": 32}
     config.sample = {"prompt": "def ", "tokens": 400, "temperature": 0.7, "top_k": 0}
     config.closing = ["compressors", "sample"]
-    config.train.steps = 400
-    config.checkpoint.update({"every": 200, "keep_best": 1, "best": "val/bits_per_byte"})
+    config.train.steps = 700
+    config.checkpoint.update({"every": 350, "keep_best": 1, "best": "val/bits_per_byte"})
     if arg == "30min":
         config.model.layers = 3
         config.train.steps = 2000

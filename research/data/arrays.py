@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from research.data.determinism import digest, permutation
-from research.data.errors import existing_file, nearest
+from research.data.errors import existing_file, nearest, reason
 from research.data.streams import Record, Source
 
 DEVICE_DTYPES = {"f": np.float32, "i": np.int32, "u": np.int32}  # of what is wider than 32 bits
+# What reading a damaged npz file raises.
+DAMAGED = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+MAX_INT32 = np.iinfo(np.int32).max
 
 
 class _Arrays:
@@ -57,18 +61,53 @@ def _narrow(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file. Raises ValueError: no such file, no npz, no such array (nearest), pickled objects."""
+    """The named arrays of an npz file.
+
+    Raises ValueError: no such file, no npz or a damaged one, no such array (nearest), pickled objects.
+    """
     file = existing_file(path)
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{os.fspath(path)!r} is not an npz file")
-    with np.load(file, allow_pickle=False) as archive:
-        for name in names:
-            if name not in archive.files:
-                raise ValueError(f"{os.fspath(path)!r} holds no array {name!r}{nearest(name, archive.files)}")
-        try:
-            return {name: archive[name] for name in names}
-        except (ValueError, zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{os.fspath(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            held = archive.files
+            arrays = {name: archive[name] for name in names if name in held}
+    except DAMAGED as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be read: {reason(error)}") from None
+    for name in names:
+        if name not in arrays:
+            raise ValueError(f"{os.fspath(path)!r} holds no array {name!r}{nearest(name, held)}")
+    return arrays
+
+
+def class_labels(array: np.ndarray, name: str = "labels") -> np.ndarray:
+    """int32 [n], indices of classes, of integers or booleans [n] or [n, 1] of any width.
+
+    Raises ValueError, beginning with `name`: another shape or dtype, such as one-hot rows; an index below 0 or past int32.
+    """
+    labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if labels.ndim != 1 or labels.dtype.kind not in "biu":
+        raise ValueError(
+            f"{name}: integers [n] or [n, 1], the indices of classes, are wanted, given {array.dtype} {array.shape}"
+        )
+    if labels.size and not 0 <= labels.min() <= labels.max() <= MAX_INT32:
+        raise ValueError(f"{name}: given {labels.min()} to {labels.max()}, allowed 0 to {MAX_INT32}")
+    return labels.astype(np.int32)
+
+
+def floats(array: np.ndarray, name: str) -> np.ndarray:
+    """float32 of numbers or booleans of any width, in their shape.
+
+    Raises ValueError, beginning with `name`: no numbers, or some that are not finite in float32.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: numbers are wanted, given {array.dtype} {array.shape}")
+    with np.errstate(over="ignore"):
+        converted = array.astype(np.float32)
+    bad = converted.size - np.count_nonzero(np.isfinite(converted))
+    if bad:
+        raise ValueError(f"{name}: {bad} of {converted.size} numbers are not finite in float32")
+    return converted
 
 
 def split_rows(count: int, held_out: int | float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,15 +9,16 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from research.data.errors import nearest, no_such_file
+from research.data.errors import nearest, no_such_file, reason
 
 Paths = str | Sequence[str]
 Parts = dict[str, list["Document"]]
 
 JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 PARQUET = (".parquet",)
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 
 
 class Document(NamedTuple):
@@ -97,7 +98,7 @@ def read_jsonl(paths: Paths, field: str) -> list[Document]:
 
 
 def _lines(file: str) -> Iterator[bytes]:
-    with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as handle:
+    with gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb") as handle:
         try:
             yield from handle
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -107,7 +108,7 @@ def _lines(file: str) -> Iterator[bytes]:
 def _field_of(line: bytes, field: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is wanted, given {type(row).__name__}")
@@ -121,7 +122,8 @@ def _field_of(line: bytes, field: str, where: str) -> str:
 def read_parquet(paths: Paths, column: str) -> list[Document]:
     """One document a row: the string (or binary) of `column`; null rows are skipped.
 
-    Raises ValueError: not a parquet file, no such column (nearest), another type, or the package pyarrow is not installed.
+    Raises ValueError: not a parquet file or a damaged one, no such column (nearest), another type, or the package pyarrow is
+    not installed.
     """
     files = found_files(paths)
     try:
@@ -132,21 +134,22 @@ def read_parquet(paths: Paths, column: str) -> list[Document]:
     documents = []
     for name, file in files:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file!r} is not a parquet file: {str(error).splitlines()[0]}") from None
-        with table:
-            if column not in table.schema_arrow.names:
-                raise ValueError(f"{file!r}: no column {column!r}{nearest(column, table.schema_arrow.names)}")
-            row = 0
-            for batch in table.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
+            with pyarrow.parquet.ParquetFile(file) as table:
+                for row, value in enumerate(_values(table, file, column)):
+                    if not isinstance(value, str | bytes | None):
+                        raise ValueError(f"{file}:{row}: column {column!r} holds {type(value).__name__}, text is wanted")
                     if value is not None:
-                        if not isinstance(value, str | bytes):
-                            raise ValueError(f"{file}:{row}: column {column!r} holds {type(value).__name__}, text is wanted")
                         documents.append(_row(f"{name}:{row}", value))
-                    row += 1
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file!r} is not a parquet file, or a damaged one: {reason(error)}") from None
     return documents
+
+
+def _values(table: Any, file: str, column: str) -> Iterator[Any]:
+    if column not in table.schema_arrow.names:
+        raise ValueError(f"{file!r}: no column {column!r}{nearest(column, table.schema_arrow.names)}")
+    for batch in table.iter_batches(columns=[column]):
+        yield from batch.column(0).to_pylist()
 
 
 def _row(name: str, text: str | bytes) -> Document:
@@ -158,7 +161,7 @@ def _row(name: str, text: str | bytes) -> Document:
 def read_documents(paths: Paths, field: str | None = None) -> list[Document]:
     """By the files' endings: .jsonl, .ndjson (.gz or not) and .parquet, for which `field` names what to read, else text.
 
-    Raises ValueError: kinds mixed, field missing or given for text, and what the readers raise.
+    Raises ValueError: kinds mixed, files packed otherwise, field missing or given for text, and what the readers raise.
     """
     files = [file for _, file in found_files(paths)]
     readers = {_reader(file): file for file in files}
@@ -176,7 +179,11 @@ def read_documents(paths: Paths, field: str | None = None) -> list[Document]:
 
 def _reader(file: str) -> Callable[..., list[Document]]:
     lower = file.lower()
-    return read_jsonl if lower.endswith(JSONL) else read_parquet if lower.endswith(PARQUET) else read_text
+    if lower.endswith(JSONL):
+        return read_jsonl
+    if lower.endswith(PACKED):
+        raise ValueError(f"paths: {file!r} is compressed or an archive; unpack it first (of these only .jsonl.gz is read)")
+    return read_parquet if lower.endswith(PARQUET) else read_text
 
 
 def residue(key: bytes, modulus: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
@@ -15,6 +16,20 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     match = difflib.get_close_matches(given, names, n=1, cutoff=0.0)
     shown = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
     return f"; nearest: {match[0]!r} (of {shown})" if match else f"; allowed: {shown}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, its type's name where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+@contextlib.contextmanager
+def about(where: str) -> Iterator[None]:
+    """Puts `where`, such as a file's name, before the message of a ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def no_such_file(path: str | os.PathLike[str]) -> str:

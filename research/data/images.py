@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.data.arrays import read_npz
+from research.data.arrays import class_labels, read_npz
 from research.data.determinism import digest
-from research.data.errors import existing_file, no_such_file
+from research.data.errors import about, existing_file, no_such_file, reason
 from research.data.streams import Record, Source
 
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -29,27 +29,24 @@ class Images(NamedTuple):
 
 
 def images(x: np.ndarray, y: np.ndarray, classes: Sequence[str] = ()) -> Images:
-    """Checked Images of x uint8 [n, h, w] or [n, h, w, c] and integer y [n] (or [n, 1]).
+    """Checked Images of x uint8 [n, h, w] or [n, h, w, c] and integer or boolean y [n] or [n, 1].
 
-    Raises ValueError: other shapes or dtypes, images and labels of unequal number, negative labels, no images.
+    Raises ValueError: other shapes or dtypes, images and labels of unequal number, labels below 0, no images.
     """
-    if x.ndim == 3:
-        x = x[..., None]
-    if x.ndim != 4 or x.dtype != np.uint8:
+    if x.ndim not in (3, 4) or x.dtype != np.uint8:
         raise ValueError(
             f"images: uint8 [n, height, width] or [n, height, width, channels] is wanted, given {x.dtype} {x.shape}"
         )
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise ValueError(f"labels: integers [n] are wanted, given {y.dtype} {y.shape}")
+    if x.ndim == 3:
+        x = x[..., None]
+    y = class_labels(y)
     if len(x) != len(y):
         raise ValueError(f"images and labels: given {len(x)} images and {len(y)} labels, one each is wanted")
     if not len(x):
         raise ValueError("images: given none")
-    if y.min() < 0 or (classes and y.max() >= len(classes)):
-        raise ValueError(f"labels: given {y.min()} to {y.max()}, allowed 0 to {len(classes) - 1 if classes else 'any'}")
-    return Images(x, y.astype(np.int32), tuple(classes))
+    if classes and y.max() >= len(classes):
+        raise ValueError(f"labels: given {y.min()} to {y.max()}, allowed 0 to {len(classes) - 1}")
+    return Images(x, y, tuple(classes))
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -88,24 +85,27 @@ def _unpacked(content: bytes, name: str) -> bytes:
 
 
 def images_from_idx(image_file: str | os.PathLike[str], label_file: str | os.PathLike[str]) -> Images:
-    """Images of a pair of IDX files. Raises ValueError as `read_idx` and `images` do."""
-    return images(read_idx(image_file), read_idx(label_file))
+    """Images of a pair of IDX files. Raises ValueError as `read_idx` and `images` do, naming the files."""
+    x, y = read_idx(image_file), read_idx(label_file)
+    with about(f"{os.fspath(image_file)!r} and {os.fspath(label_file)!r}"):
+        return images(x, y)
 
 
 def images_from_npz(path: str | os.PathLike[str], image_name: str, label_name: str) -> Images:
-    """Images of two arrays of an npz file. Raises ValueError as `read_npz` and `images` do."""
+    """Images of two arrays of an npz file. Raises ValueError as `read_npz` and `images` do, naming the file."""
     arrays = read_npz(path, [image_name, label_name])
-    return images(arrays[image_name], arrays[label_name])
+    with about(repr(os.fspath(path))):
+        return images(arrays[image_name], arrays[label_name])
 
 
 def images_from_folders(folder: str | os.PathLike[str], channels: int = 3) -> Images:
     """Images of `folder/<class>/*.png` (.jpg, .jpeg), all of one size; classes and files in sorted order.
 
     Args:
-      channels: 1 grey, 3 colour, 4 with transparency; files are converted.
+      channels: 1 grey, 3 colour, 4 with transparency; files are converted, those of 16 bits by scaling 0..65535 to 0..255.
 
-    Raises ValueError: no such folder, no class folders, a class without images, an image that cannot be read, unequal sizes, or
-    the package pillow is not installed.
+    Raises ValueError: no such folder, no class folders, a class without images, an image that cannot be read or that holds
+    32-bit numbers, whose scale no file says, unequal sizes, or the package pillow is not installed.
     """
     top = os.path.expanduser(os.fspath(folder))
     if channels not in PIL_MODES:
@@ -136,9 +136,13 @@ def _pixels(files: Sequence[str], mode: str) -> np.ndarray:
     for file in files:
         try:
             with Image.open(file) as image:
+                if image.mode.startswith("I;16"):  # convert() would make 255 of all that is above
+                    image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+                if image.mode[0] in "IF":
+                    raise ValueError(f"8 or 16 bits a channel are wanted, given 32 (mode {image.mode!r})")
                 pixels = np.asarray(image.convert(mode))
-        except (OSError, SyntaxError) as error:  # what PIL raises for a damaged PNG
-            raise ValueError(f"image {file!r} cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # PIL raises plain Exceptions too, as for an image that is too large
+            raise ValueError(f"image {file!r} cannot be read: {reason(error)}") from None
         if loaded and pixels.shape != loaded[0].shape:
             sizes = f"{_size(pixels)}, {files[0]!r} {_size(loaded[0])}"
             raise ValueError(f"images of one size are wanted: {file!r} is {sizes} (height x width)")

@@ -35,6 +35,7 @@ TRANSLATION = 48
 CORRELATED_NOISE, NOISE = 0.25, 0.02
 BLUR = 2  # standard deviation, in samples, of the filter that correlates the noise
 LENGTH = 40
+MAX_SEED = 2**32 - 1
 RAMP = np.linspace(-0.5, 0.5, CANVAS)
 
 
@@ -79,8 +80,10 @@ def mnist1d(
       shuffled: permute the 40 places, the same way everywhere: what is local is lost.
       seed: of the generator; the published data set is 42.
 
-    Raises ValueError where a part would be empty.
+    Raises ValueError where a part would be empty, or for a seed that the generator does not take.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"data.seed={seed} must be 0 to {MAX_SEED}")
     each = samples // 10
     cut = int(each * 10 * train)
     if not 0 < cut < each * 10:

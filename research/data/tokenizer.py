@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from research.data.determinism import digest
-from research.data.errors import existing_file
+from research.data.errors import existing_file, reason
 
 NEWLINE = ord("\n")
 
@@ -59,7 +59,8 @@ def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`. Special tokens are not added; truncation and padding that the file may ask for are
     switched off, since they would silently drop text. Decoding skips nothing.
 
-    Raises ValueError (one line): no such file, not a tokenizer file, or the `tokenizers` package is not installed.
+    Raises ValueError (one line): no such file, not a tokenizer file, the `tokenizers` package is not installed; when
+    encoding, what is not in a vocabulary that has no token for the unknown.
     """
     file = existing_file(path)
     try:
@@ -71,8 +72,7 @@ def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exception
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{os.fspath(path)!r} is not a Hugging Face tokenizers JSON file: {reason}") from None
+        raise ValueError(f"{os.fspath(path)!r} is not a Hugging Face tokenizers JSON file: {reason(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = [*tokenizer.get_vocab(with_added_tokens=True).values()]
@@ -81,11 +81,18 @@ def hf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     def encode_batch(documents: Sequence[bytes]) -> list[np.ndarray]:
         texts = [document.decode("utf-8") for document in documents]
-        return [np.asarray(e.ids, dtype) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        try:
+            encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:
+            raise ValueError(f"tokenizer {os.fspath(path)!r} cannot encode the text: {reason(error)}") from None
+        return [np.asarray(e.ids, dtype) for e in encoded]
 
     def decode(tokens: Sequence[int] | np.ndarray) -> bytes:
         return tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False).encode()
 
-    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    try:
+        newline = encode_batch([b"\n"])[0].tolist()
+    except ValueError:  # it is not in the vocabulary, which has no token for the unknown either
+        newline = []
     start = newline[-1] if newline else 0
     return Tokenizer(encode_batch, decode, vocab_size, start, needs_utf8=True, fingerprint=f"tokenizers {digest(content)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import lzma
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from research.data.arrays import array_source, read_npz, split_rows
 from research.data.documents import read_documents, read_jsonl, read_parquet, read_text
 from research.data.images import image_source, images_from_folders, images_from_idx, images_from_npz, read_idx
-from research.data.mnist1d import mnist1d
+from research.data.mnist1d import mnist1d, mnist1d_sources
 from research.data.streams import as_source, ordered_batches, subset, train_batches
 from research.data.text import corpus, text_corpora
 from research.data.tokenizer import bytes_tokenizer, hf_tokenizer
@@ -46,10 +49,46 @@ def short_corpus(t):
     return corpus(read_text(write(t / "s.txt", "seven b")), bytes_tokenizer(), "small")
 
 
-def parquet(t, column):
+def parquet(t, column, damage=lambda content: content):
     pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": ["a"], "number": [1]}), t / "r.parquet")
-    return read_parquet(str(t / "r.parquet"), column)
+    table = pyarrow.table({"text": ["ab"] * 9, "number": [1] * 9})
+    pytest.importorskip("pyarrow.parquet").write_table(table, t / "r.parquet", compression="none")
+    return read_parquet(write(t / "r.parquet", damage((t / "r.parquet").read_bytes())), column)
+
+
+def npz(t, damage):
+    """Reads x of a.npz after `damage` to its bytes."""
+    np.savez_compressed(t / "a.npz", x=np.arange(400.0), y=Y)
+    return read_npz(write(t / "a.npz", damage((t / "a.npz").read_bytes())), ["x"])
+
+
+def entry(offset, byte):
+    """Damage to a zip file: another byte in what its directory says of the first entry."""
+
+    def damage(content):
+        at = content.index(b"PK\1\2") + offset
+        return content[:at] + byte + content[at + 1 :]
+
+    return damage
+
+
+def word_level(t, text):
+    """`text` in a vocabulary of words that has no token for the unknown."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0})).save(str(t / "words.json"))
+    return hf_tokenizer(t / "words.json").encode(text)
+
+
+def large(t):
+    """A PNG of a few bytes that says it is 60000 pixels wide and high."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+    return folders(t, lambda p: write(p, content))
+
+
+def tiff(t, dtype):
+    image = pytest.importorskip("PIL.Image").fromarray(np.zeros((4, 5), dtype))
+    return folders(t, lambda p: image.save(p, format="TIFF"))
 
 
 CASES = {
@@ -96,6 +135,10 @@ CASES = {
         lambda t: read_jsonl(write(t / "b.jsonl", '{"text": "a"}\n\n{"text": '), "text"),
         ["b.jsonl:3", "not JSON"],
     ),
+    "jsonl nested without end": (
+        lambda t: read_jsonl(write(t / "b.jsonl", '{"text": "a"}\n' + "[" * 100_000), "text"),
+        ["b.jsonl:2", "not JSON", "recursion"],
+    ),
     "jsonl not UTF-8": (lambda t: read_jsonl(write(t / "b.jsonl", b'{"text": "\xff"}'), "text"), ["b.jsonl:1", "not JSON"]),
     "jsonl not an object": (lambda t: read_jsonl(write(t / "b.jsonl", "[1]"), "text"), ["b.jsonl:1", "given list"]),
     "jsonl without the field": (
@@ -109,6 +152,15 @@ CASES = {
     ),
     "parquet without the column": (lambda t: parquet(t, "txt"), ["no column 'txt'", "nearest: 'text'"]),
     "parquet of another type": (lambda t: parquet(t, "number"), ["r.parquet:0", "holds int"]),
+    "parquet of no UTF-8": (lambda t: parquet(t, "text", lambda c: c.replace(b"ab", b"\xff\xfe")), ["r.parquet", "damaged"]),
+    "parquet of damaged pages": (
+        lambda t: parquet(t, "text", lambda c: c[:4] + b"\xff" * 8 + c[12:]),
+        ["r.parquet", "damaged one: ", "deserialize"],
+    ),
+    "parquet of a damaged directory": (
+        lambda t: parquet(t, "text", lambda c: c[:-40] + b"\xff" * 30 + c[-10:]),
+        ["r.parquet", "damaged one: "],
+    ),
     "parquet that is none": (
         lambda t: read_parquet(write(t / "r.parquet", "text"), "text"),
         ["r.parquet", "not a parquet file"],
@@ -117,6 +169,15 @@ CASES = {
     "tokenizer file that is none": (
         lambda t: hf_tokenizer(write(t / "tokenizer.json", "{}")),
         ["not a Hugging Face tokenizers JSON"],
+    ),
+    "words that no token is for": (lambda t: word_level(t, b"cat"), ["words.json' cannot encode", "UNK"]),
+    "text that is packed": (
+        lambda t: read_documents(write(t / "a.txt.xz", lzma.compress(b"text"))),
+        ["paths: ", "a.txt.xz' is compressed", "unpack it"],
+    ),
+    "parquet that is packed": (
+        lambda t: read_documents(write(t / "r.parquet.GZ", gzip.compress(b"text")), "text"),
+        ["r.parquet.GZ' is compressed"],
     ),
     "truncated IDX": (
         lambda t: read_idx(write(t / "x", idx(X)[:-5])),
@@ -137,15 +198,19 @@ CASES = {
     "images for labels": (lambda t: images_from_idx(write(t / "x", idx(X)), write(t / "y", idx(X))), ["labels: integers"]),
     "images and labels unequal": (
         lambda t: images_from_idx(write(t / "x", idx(X)), write(t / "y", idx(Y[:3]))),
-        ["4 images and 3 labels"],
+        ["x' and ", "y': images and labels: given 4 images and 3 labels"],
     ),
     "no images": (lambda t: image_source(X[:0], Y[:0]), ["images: given none"]),
     "negative labels": (lambda t: image_source(X, Y.astype(int) - 1), ["labels: given -1"]),
+    "labels past int32": (lambda t: image_source(X, Y.astype(int) + 2**32), ["labels: given 4294967296", "to 2147483647"]),
     "float images": (lambda t: image_source(X / 1.0, Y), ["images: uint8", "float64"]),
     "std of another number": (lambda t: image_source(X, Y, std=[1, 2, 3]), ["std: given 3 numbers for 1 channels"]),
     "std of zero": (lambda t: image_source(X, Y, std=0.0), ["std: given 0.0"]),
     "image sizes": (lambda t: folders(t, lambda p: png(p, (4, 6))), ["b.png' is 4x6", "a.png' 4x5"]),
     "image damaged": (lambda t: folders(t, lambda p: write(p, "PNG")), ["b.png' cannot be read"]),
+    "image too large": (large, ["b.png' cannot be read", "decompression bomb"]),
+    "image of 32 bits": (lambda t: tiff(t, np.int32), ["b.png' cannot be read", "8 or 16 bits", "mode 'I'"]),
+    "image of floats": (lambda t: tiff(t, np.float32), ["b.png' cannot be read", "8 or 16 bits", "mode 'F'"]),
     "image folder missing": (lambda t: images_from_folders(t / "imgs"), ["no such file", "imgs"]),
     "image folder without classes": (lambda t: images_from_folders(t), ["no class folders"]),
     "class without images": (lambda t: images_from_folders(t) if (t / "cat").mkdir() is None else 0, ["cat' holds no images"]),
@@ -156,7 +221,19 @@ CASES = {
         lambda t: np.savez(t / "a.npz", inputs=X) or read_npz(t / "a.npz", ["input"]),
         ["no array 'input'", "nearest: 'inputs'"],
     ),
-    "npz of objects": (lambda t: np.savez(t / "a.npz", x=np.asarray([{}])) or read_npz(t / "a.npz", ["x"]), ["cannot be read"]),
+    "npz of objects": (
+        lambda t: np.savez(t / "a.npz", x=np.asarray([{}])) or read_npz(t / "a.npz", ["x"]),
+        ["a.npz' cannot", "Object"],
+    ),
+    "npz cut short": (lambda t: npz(t, lambda c: c[:150] + c[-300:]), ["a.npz' cannot be read: "]),
+    "npz of damaged values": (lambda t: npz(t, lambda c: c[:70] + b"\xff" * 40 + c[110:]), ["a.npz' cannot be read: "]),
+    "npz of a damaged directory": (lambda t: npz(t, entry(0, b"p")), ["a.npz' cannot be read: ", "directory"]),
+    "npz of values that end early": (lambda t: npz(t, entry(21, b"\0")), ["a.npz' cannot be read: ", "EOFError"]),
+    "npz packed unknown": (lambda t: npz(t, entry(10, b"\x63")), ["a.npz' cannot be read: ", "compression method"]),
+    "npz images of floats": (
+        lambda t: np.savez(t / "a.npz", x=X / 1.0, y=Y) or images_from_npz(t / "a.npz", "x", "y"),
+        ["a.npz': images: uint8", "float64 (4, 3, 3)"],
+    ),
     "npz images without labels": (
         lambda t: np.savez(t / "a.npz", x=X) or images_from_npz(t / "a.npz", "x", "y"),
         ["no array 'y'"],
@@ -186,6 +263,7 @@ CASES = {
     "position before the beginning": (lambda t: train(LIST).position(-1), ["given step -1"]),
     "everything held out": (lambda t: split_rows(5, 1.0 - 1e-9, seed=0), ["holds out 5 of 5"]),
     "mnist1d of nothing": (lambda t: mnist1d(samples=9), ["given 9 samples"]),
+    "mnist1d of no seed": (lambda t: mnist1d_sources(seed=-1), ["data.seed=-1", "0 to 4294967295"]),
     "endless source": (lambda t: as_source(type("S", (), {"__len__": lambda s: sys.maxsize})()), ["repeats without end"]),
 }
 

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from research.data.arrays import array_source, read_npz, split_rows
+from research.data.arrays import array_source, class_labels, floats, read_npz, split_rows
 from research.data.images import (
     channel_statistics,
     image_source,
@@ -82,6 +82,35 @@ def test_images_of_class_folders(tmp_path, channels):
     held = images_from_folders(tmp_path, channels)
     assert held.classes == ("cat", "dog") and held.y.tolist() == [0, 1, 1]
     assert held.x.shape == (3, 4, 6, channels) and held.x[:, 0, 0, 0].tolist() == [30, 20, 10]
+
+
+def test_16_bits_become_the_nearest_of_8(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "cat").mkdir()
+    levels = np.asarray([[0, 128, 129, 257, 1000, 32768, 65406, 65407, 65535]], np.uint16)
+    image.fromarray(levels).save(tmp_path / "cat" / "a.png")
+    assert image.open(tmp_path / "cat" / "a.png").mode.startswith("I;16")
+    for channels in (1, 3):
+        held = images_from_folders(tmp_path, channels)
+        assert held.x[0, 0, :, -1].tolist() == [0, 0, 1, 1, 4, 128, 254, 255, 255]
+
+
+LABELS = [np.asarray([3, 0, 2], dtype) for dtype in (np.uint8, np.int8, np.int64, np.uint64)]
+
+
+@pytest.mark.parametrize(
+    "given", [*LABELS, LABELS[0][:, None], np.asarray([True, False, True])], ids=lambda y: f"{y.dtype} {y.ndim}"
+)
+def test_labels_of_any_width_are_int32(given):
+    labels = class_labels(given)
+    assert labels.dtype == np.int32 and labels.tolist() == given.ravel().astype(int).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float16, np.float64])
+def test_numbers_of_any_width_are_float32(dtype):
+    given = np.asarray([[0, 1], [1, 1]], dtype)
+    held = floats(given, "x")
+    assert held.dtype == np.float32 and held.tolist() == given.astype(float).tolist()
 
 
 def test_arrays_are_narrowed_to_what_jax_holds(tmp_path):

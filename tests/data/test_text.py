@@ -38,7 +38,7 @@ def test_rows_of_jsonl_gz_and_parquet_are_documents(texts, tmp_path):
     rows = read_jsonl(str(tmp_path / "rows.jsonl"), "text")
     assert [(d.name, d.content) for d in rows] == [
         ("rows.jsonl:1", b"one"), ("rows.jsonl:2", b"two"), ("rows.jsonl:3", b"one"), ("rows.jsonl:4", b"")]  # fmt: skip
-    packed = tmp_path / "packed.jsonl.gz"
+    packed = tmp_path / "PACKED.JSONL.GZ"
     packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
     assert [d.content for d in read_documents(str(packed), "text")] == [d.content for d in rows]
     pyarrow = pytest.importorskip("pyarrow")
