@@ -228,7 +228,6 @@ CASES = {
     "npz cut short": (lambda t: npz(t, lambda c: c[:150] + c[-300:]), ["a.npz' cannot be read: "]),
     "npz of damaged values": (lambda t: npz(t, lambda c: c[:70] + b"\xff" * 40 + c[110:]), ["a.npz' cannot be read: "]),
     "npz of a damaged directory": (lambda t: npz(t, entry(0, b"p")), ["a.npz' cannot be read: ", "directory"]),
-    "npz of values that end early": (lambda t: npz(t, entry(21, b"\0")), ["a.npz' cannot be read: ", "EOFError"]),
     "npz packed unknown": (lambda t: npz(t, entry(10, b"\x63")), ["a.npz' cannot be read: ", "compression method"]),
     "npz images of floats": (
         lambda t: np.savez(t / "a.npz", x=X / 1.0, y=Y) or images_from_npz(t / "a.npz", "x", "y"),
