@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from research.core.config import find, flat, load_config
 from research.core.types import Variables
-from research.core.workdir import OVERFIT, Run, load_run, read_json
+from research.core.workdir import Run, config_of, load_run
 from research.experiment import Experiment, build
 from research.train import default_workdir
 
@@ -28,18 +28,10 @@ def opened(args: argparse.Namespace, overrides: Mapping[str, str]) -> Trained:
     """
     find(args.config)
     path = Path(args.workdir) if args.workdir else default_workdir(args.config)
-    trained_by: dict[str, Any] = dict(flat(saved_config(path)))
+    trained_by: dict[str, Any] = dict(flat(config_of(path)))
     config = load_config(args.config, {**trained_by, **overrides})
     experiment = build(config, args.config)
     run = load_run(path, lambda stage: experiment.stages[stage].learner, best=args.best, mode=args.mode)
     if run.variables is None:
         raise ValueError(f"{path} has no checkpoint yet; allowed: a run that has saved one")
     return Trained(experiment, run, run.variables, path)
-
-
-def saved_config(path: Path) -> dict[str, Any]:
-    """The config that a run's folder holds. Raises ValueError, one line, where there is no run."""
-    file = path / "config.json"
-    if not file.exists():
-        raise ValueError(f"{path} holds no run; train one there, or name another with --workdir")
-    return {key: value for key, value in read_json(file).items() if key != OVERFIT}

@@ -282,6 +282,14 @@ class Workdir:
         self.close()
 
 
+def config_of(path: str | Path) -> dict[str, Any]:
+    """The config that the run in this folder was trained by. ValueError (one line) where there is no run."""
+    file = Path(path) / "config.json"
+    if not file.exists():
+        raise ValueError(f"{path} holds no run: there is no config.json in it; allowed: the folder of a run")
+    return {key: value for key, value in read_json(file).items() if key != OVERFIT}
+
+
 class Run(NamedTuple):
     """A run read back, for notebooks.
 
@@ -327,8 +335,7 @@ def load_run(
     Raises ValueError (one line) where there is no run, no checkpoint is intact, or none has the metric.
     """
     path = Path(workdir).absolute()
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path} holds no run: there is no config.json in it")
+    config = config_of(path)
     checkpoints = Checkpoints(path / "checkpoints", best=best, mode=mode, read_only=True)
     saved, owner, state = _loaded(checkpoints, learner, best)
     if saved is None and best is not None:
@@ -339,4 +346,4 @@ def load_run(
     elif state is not None and {*GROUPS} <= {*state}:
         variables = {group: state[group] for group in GROUPS}
     summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None
-    return Run(read_json(path / "config.json"), variables, state, read_series(path / "metrics.jsonl"), summary, saved)
+    return Run(config, variables, state, read_series(path / "metrics.jsonl"), summary, saved)

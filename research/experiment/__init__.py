@@ -141,10 +141,13 @@ def _teacher(section: Any) -> Teacher | None:
     only(section.distill if "distill" in section else {}, keys, "transforms.distill")
     given = section.distill
     run = load_run(given.workdir)
-    if run.variables is None:
+    if run.state is None:
         raise ValueError(f"transforms.distill.workdir={given.workdir}: no trained variables there")
     config = load_config(given.config, dict(flat(run.config)))
-    return Teacher(choose(KINDS, config.task.name, "task.name")(config).task, run.variables)
+    if members_of(config):
+        raise ValueError(f"transforms.distill.workdir={given.workdir} holds a population; allowed: a run of one model")
+    task = choose(KINDS, config.task.name, "task.name")(config).task
+    return Teacher(task, learner_of(config, task).variables(run.state))
 
 
 def _taught(teaching: Callable[..., Any], warm: Callable[..., Any] | None) -> Callable[..., Any]:
