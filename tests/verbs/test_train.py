@@ -83,8 +83,20 @@ def test_one_batch_is_overfitted(tmp_path, capfd):
 
 
 def test_several_seeds_end_in_a_mean_and_an_interval(tmp_path, capfd):
-    quick = ["--config", "configs/papers/mnist1d/config.py:smoke", "--config.train.steps=5", "--config.train.log_every=5"]
-    assert main(["train", "--seeds", "2", "--workdir", str(tmp_path / "s"), *quick]) == 0
-    out = capfd.readouterr().out
-    assert (tmp_path / "s" / "seed-0" / "summary.json").exists() and (tmp_path / "s" / "seed-1").exists()
-    assert "2 seeds" in out
+    (tmp_path / "alone.py").write_text(
+        "from configs.papers.mnist1d import config\n"
+        "def get_config(arg=''):\n"
+        "    made = config.get_config('smoke')\n"
+        "    made.learner = {'wrap': [], 'watch': {}}\n"
+        "    return made\n"
+    )
+    folder = tmp_path / "s"
+    assert main(["train", "--seeds", "2", "--workdir", str(folder), "--config", str(tmp_path / "alone.py")]) == 0
+    found = [json.loads((folder / f"seed-{i}" / "summary.json").read_text())["test/nll"] for i in range(2)]
+    rows = {
+        line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.split("2 seeds")[-1].splitlines() if line.strip()
+    }
+    assert found[0] != found[1]
+    assert float(rows["test/nll"][0]) == pytest.approx(sum(found) / 2, rel=1e-3)
+    half = 12.706 * abs(found[0] - found[1]) / 2  # Student's t of one degree of freedom, times the standard error
+    assert float(rows["test/nll"][2]) == pytest.approx(half, rel=0.05)
