@@ -11,7 +11,7 @@ from flax import nnx
 from research.core.names import choose
 from research.nn import checks
 from research.nn.conv import CONVOLUTIONS, Conv
-from research.nn.functional import Functional, functional
+from research.nn.functional import Functional, Layer, functional
 from research.nn.linear import Linear
 from research.nn.norms import GroupNorm
 from research.nn.products import DTYPES
@@ -26,7 +26,7 @@ def _normalization(kind: str, width: int, rngs: nnx.Rngs) -> nnx.Module | None:
     return GroupNorm(width, max(1, width // GROUP), rngs=rngs) if kind == "group" else None
 
 
-class ConvBlock(nnx.Module):
+class ConvBlock(Layer):
     """relu(norm(conv 3 x 3)), the input added where `residual` and the widths agree."""
 
     def __init__(self, inputs: int, outputs: int, normalization: str, residual: bool, dtype: str, implementation: str,
@@ -49,7 +49,7 @@ def halved(x_BxHxWxC: jax.Array) -> jax.Array:
     return x_BxHxWxC[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 
 
-class CNN(nnx.Module):
+class CNN(Layer):
     """float32 [batch, height, width, channels] -> [batch, outputs]."""
 
     def __init__(self, channels: int, outputs: int, widths: Sequence[int], blocks: int, normalization: str, residual: bool,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from research.core.names import choose
 from research.nn import checks
-from research.nn.functional import Functional, functional
+from research.nn.functional import Functional, Layer, functional
 from research.nn.gru import GRU
 from research.nn.linear import KERNELS, Linear
 from research.nn.products import DTYPES
@@ -18,7 +18,7 @@ from research.nn.products import DTYPES
 READOUTS = ("all", "last")
 
 
-class Recurrent(nnx.Module):
+class Recurrent(Layer):
     """float32 [batch, length] or [batch, length, features] -> [batch, outputs]."""
 
     def __init__(self, length: int, features: int, outputs: int, hidden: int, layers: int, bidirectional: bool, readout: str,

@@ -10,13 +10,13 @@ from flax import nnx
 
 from research.core.names import choose
 from research.nn import checks
-from research.nn.functional import Functional, functional
+from research.nn.functional import Functional, Layer, functional
 from research.nn.linear import KERNELS, Linear
 from research.nn.mlp import ACTIVATIONS
 from research.nn.products import DTYPES
 
 
-class MLP(nnx.Module):
+class MLP(Layer):
     """float32 [batch, ...] -> [batch, outputs]."""
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int], activation: str, residual: bool, dropout: float,

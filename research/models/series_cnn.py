@@ -10,12 +10,12 @@ from flax import nnx
 from research.core.names import choose
 from research.nn import checks
 from research.nn.conv import CONVOLUTIONS, Conv
-from research.nn.functional import Functional, functional
+from research.nn.functional import Functional, Layer, functional
 from research.nn.linear import KERNELS, Linear
 from research.nn.products import DTYPES
 
 
-class SeriesCNN(nnx.Module):
+class SeriesCNN(Layer):
     """float32 [batch, length] or [batch, length, channels] -> [batch, outputs]: strided convolutions, relu, then a linear
     layer on all positions."""
 

@@ -12,7 +12,7 @@ from research.nn import checks, stack
 from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
 from research.nn.embed import Embed
-from research.nn.functional import Functional, functional
+from research.nn.functional import Functional, Layer, functional
 from research.nn.history import History, Recalled
 from research.nn.induction import CopyHead
 from research.nn.linear import Linear
@@ -21,7 +21,7 @@ from research.nn.norms import NORMS
 GLOBAL, SLIDING = "G", "L"
 
 
-class Transformer(nnx.Module):
+class Transformer(Layer):
     """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],

@@ -11,12 +11,12 @@ from flax import nnx
 from research.nn import checks, stack
 from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
-from research.nn.functional import Functional, functional, param
+from research.nn.functional import Functional, Layer, functional, param
 from research.nn.linear import Linear
 from research.nn.norms import NORMS
 
 
-class ViT(nnx.Module):
+class ViT(Layer):
     """float32 [batch, height, width, channels] -> [batch, outputs] (Dosovitskiy et al. 2020, arXiv 2010.11929), with the mean
     over patches in place of a class token (Beyer et al. 2022, arXiv 2205.01580)."""
 

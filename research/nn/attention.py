@@ -12,6 +12,7 @@ from research.core.names import choose
 from research.core.types import Spec
 from research.nn import checks
 from research.nn.attention_core import IMPLEMENTATIONS, attend, dot_product_attention, visible
+from research.nn.functional import Layer
 from research.nn.linear import Linear
 from research.nn.norms import RMSNorm
 from research.nn.position import rotary_tables, rotate
@@ -48,7 +49,7 @@ class AttentionConfig:
         choose(DTYPES, self.dtype, "model.dtype")
 
 
-class Attention(nnx.Module):
+class Attention(Layer):
     """Self-attention, [batch, length, width] -> the same. `window`: None, or how many positions a query sees."""
 
     def __init__(self, config: AttentionConfig, window: int | None, rngs: nnx.Rngs):

@@ -12,6 +12,7 @@ from research.core.names import choose
 from research.nn import checks
 from research.nn.attention import Attention, AttentionConfig
 from research.nn.conv import ShortConv
+from research.nn.functional import Layer
 from research.nn.layout import constrain
 from research.nn.mlp import MLPS, feed_forward
 from research.nn.norms import NORMS
@@ -40,7 +41,7 @@ class BlockConfig:
             raise ValueError(f"model.conv={self.conv} must be 0 (none) or the number of taps")
 
 
-class Block(nnx.Module):
+class Block(Layer):
     """x + attention(norm(x)), then + mlp(norm(.)): [batch, length, width] -> the same."""
 
     def __init__(self, config: BlockConfig, window: int | None, rngs: nnx.Rngs):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.types import Spec
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.linear import BIASES, KERNELS, per_channel
 from research.nn.products import DTYPES, matmul
 
 
-class ShortConv(nnx.Module):
+class ShortConv(Layer):
     """y[t] = sum_i w[i] x[t - i], i < taps, a weight a channel: [batch, length, width] -> the same. Starts as the identity."""
 
     def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
@@ -40,7 +40,7 @@ class ShortConv(nnx.Module):
         return self._convolved(padded, length), padded[:, length:]
 
 
-class Conv(nnx.Module):
+class Conv(Layer):
     """A convolution over one or two axes: [batch, *space, inputs] -> [batch, *space', outputs].
 
     window, stride and padding are the same along every axis; padding is positions added at both ends. `init`: see `nn.linear`.

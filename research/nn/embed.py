@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.products import matmul
 
 
-class Embed(nnx.Module):
+class Embed(Layer):
     """A table [vocab, width]; int32 [...] -> float32 [..., width]. Starts normal with deviation `scale`."""
 
     def __init__(self, vocab: int, width: int, *, scale: float, rngs: nnx.Rngs):

@@ -7,6 +7,8 @@ module crosses a jit boundary, no random generator is among the variables. Param
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +25,34 @@ AXES = "logical"  # the metadata key that holds a variable's logical axis names
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
     """A parameter whose dimensions carry logical names, such as `param(kernel, "embed", "mlp")`."""
     return nnx.Param(value, **{AXES: axes})
+
+
+class Layer(nnx.Module):
+    """A module whose operations carry its place in the network, such as "blocks/1/attention/query", in what the compiler and a
+    diagnosis of NaN show. Its `__call__` is wrapped for that; `functional` sets the place."""
+
+    scope = ""  # from the layer around it
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = _scoped(cls.__call__)
+
+
+def _scoped(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def within(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(self.scope) if self.scope else contextlib.nullcontext():
+            return call(self, *args, **kwargs)
+
+    return within
+
+
+def _set_scopes(module: nnx.Module) -> None:
+    layers = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, Layer)}
+    for path, layer in layers.items():
+        around = max((len(p) for p in layers if len(p) < len(path) and path[: len(p)] == p), default=0)
+        layer.scope = "/".join(map(str, path[around:]))
 
 
 class Functional(NamedTuple):
@@ -113,6 +143,7 @@ def functional(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """The module that `make_module(rngs)` makes, as pure functions. It is built once, on shapes alone, and not kept."""
     abstract = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     _check_no_bare_array(abstract)
+    _set_scopes(abstract)
     name = type(abstract).__name__
     modes = {}
     for train in (False, True):

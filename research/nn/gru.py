@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.linear import BIASES, KERNELS
 from research.nn.products import contract
 
 
-class GRU(nnx.Module):
+class GRU(Layer):
     """[batch, length, inputs] -> hidden states [batch, length, hidden] (Cho et al. 2014, arXiv 1406.1078, eqs. 5 to 8).
 
     r, z = sigmoid(W x + b + U h + c), n = tanh(W_n x + b_n + r (U_n h + c_n)), h' = (1 - z) n + z h: the reset gate acts after

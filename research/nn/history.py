@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.types import Spec
+from research.nn.functional import Layer
 from research.nn.induction import InductionEmbed, followed, followed_at
 from research.nn.ngrams import NGramEmbed
 
@@ -21,7 +22,7 @@ class Recalled(NamedTuple):
     followed: jax.Array
 
 
-class History(nnx.Module):
+class History(Layer):
     """N-gram embeddings, induction embeddings, or both, whichever orders are given. Its cache is a buffer of token codes."""
 
     def __init__(self, ngrams: Sequence[int], bits: int, inner: int, induction: Sequence[int], vocab: int, width: int, *,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.linear import Linear, per_channel
 from research.nn.ngrams import hashes
 
@@ -49,7 +49,7 @@ def followed_at(codes_BxS: jax.Array, n: int, index: jax.Array, length: int) -> 
     return jnp.where(latest_BxT >= 0, after, 0)
 
 
-class InductionEmbed(nnx.Module):
+class InductionEmbed(Layer):
     """The sum over `orders` of an embedding of the code that `followed`:
     int32 [batch, length, orders] -> float32 [batch, length, width]."""
 
@@ -64,7 +64,7 @@ class InductionEmbed(nnx.Module):
         return sum(self.tables[str(n)][...][followed_BxTxN[..., i]] for i, n in enumerate(self.orders))
 
 
-class CopyHead(nnx.Module):
+class CopyHead(Layer):
     """Each order votes, in the logits, for the code that it says `followed`, as strongly as a gate read off the last hidden
     state says: a pointer beside the vocabulary (Gu et al. 2016, arXiv 1603.06393; See et al. 2017, arXiv 1704.04368), in
     logits.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.products import matmul
 
 
@@ -38,7 +38,7 @@ KERNELS = {"normal": normal, "he_normal": he_normal, "uniform": uniform, "zeros"
 BIASES = {"normal": zeros, "he_normal": zeros, "uniform": uniform, "zeros": zeros}
 
 
-class Linear(nnx.Module):
+class Linear(Layer):
     """y = x W (+ b): [..., inputs] -> [..., outputs]. `axes`: the logical names of W's dimensions. `init`: a name in KERNELS;
     zeros for what is added to a residual stream."""
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.nn.functional import Layer
 from research.nn.linear import Linear
 
 
@@ -17,7 +18,7 @@ def squared_relu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {"relu": jax.nn.relu, "squared_relu": squared_relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Layer):
     """down(activation(up(x))): [..., width] -> [..., width]."""
 
     def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, out_init: str, rngs: nnx.Rngs):
@@ -29,7 +30,7 @@ class FeedForward(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(Layer):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, width: int, hidden: int, *, dtype: str, out_init: str, rngs: nnx.Rngs):

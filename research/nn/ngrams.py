@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.linear import Linear
 
 MIX = 0x9E3779B1  # 2^32 / golden ratio, odd (Knuth, The Art of Computer Programming, volume 3, section 6.4)
@@ -32,7 +32,7 @@ def hashes(codes_BxT: jax.Array, n: int) -> jax.Array:
     return mixed
 
 
-class NGramEmbed(nnx.Module):
+class NGramEmbed(Layer):
     """The sum over n in `orders` of a projected embedding of the last n tokens, by hash into 2^bits rows of `inner` numbers:
     codes int32 [batch, length] -> float32 [batch, length, width]. Rows are shared by what collides."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.nn.functional import param
+from research.nn.functional import Layer, param
 from research.nn.linear import per_channel
 
 EPSILON = 1e-6
@@ -18,7 +18,7 @@ def rms_normalized(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Layer):
     """`rms_normalized` times a learned scale, which begins at `start`, over [..., width]."""
 
     def __init__(self, width: int, *, axis: str | None = "embed", start: float = 1.0, rngs: nnx.Rngs):
@@ -28,7 +28,7 @@ class RMSNorm(nnx.Module):
         return rms_normalized(x) * per_channel(self.scale[...], x)
 
 
-class PlainRMSNorm(nnx.Module):
+class PlainRMSNorm(Layer):
     """`rms_normalized` without parameters."""
 
     def __init__(self, width: int, *, axis: str | None = "embed", rngs: nnx.Rngs):
@@ -38,7 +38,7 @@ class PlainRMSNorm(nnx.Module):
         return rms_normalized(x)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(Layer):
     """(x - mean) / sqrt(var + 1e-6) * scale + bias over [..., width] (Ba et al. 2016, arXiv 1607.06450, eq. 4)."""
 
     def __init__(self, width: int, *, axis: str | None = "embed", rngs: nnx.Rngs):
@@ -51,7 +51,7 @@ class LayerNorm(nnx.Module):
         return rms_normalized(centred) * per_channel(self.scale[...], x) + per_channel(self.bias[...], x)
 
 
-class GroupNorm(nnx.Module):
+class GroupNorm(Layer):
     """Each example's channels, in `groups` of equal size, normalized over the group and all of space: [batch, *space, channels]
     (Wu and He 2018, arXiv 1803.08494, eq. 1 and 7)."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.core.nonfinite import first_nonfinite
 from research.models import transformer
 from research.nn import stack
 
@@ -152,6 +153,32 @@ def test_dropout_is_on_in_training_only():
     assert not np.array_equal(one, two)
     one, two = (f.apply(variables, tokens(), key=jax.random.key(i))[0] for i in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({}, "jvp(blocks/1)/mlp"),
+        ({"remat": True}, "blocks/1)/mlp"),
+        ({"scan_layers": True}, "iteration 1: square, blocks/0/mlp"),
+    ],
+    ids=["written out", "recomputed", "scanned"],
+)
+def test_a_value_that_is_not_finite_is_told_by_its_layer(options, says):
+    f = model(**options)
+    variables = f.init(KEY)
+
+    def loss(params):
+        logits, _ = f.apply({**variables, "params": params}, tokens(), key=KEY)
+        return logits.sum()
+
+    params = variables["params"]
+    if options.get("scan_layers"):
+        kernel = params["blocks"]["0"]["mlp"]["up"]["kernel"]
+        params["blocks"]["0"]["mlp"]["up"]["kernel"] = kernel.at[1].multiply(1e30)
+    else:
+        params["blocks"]["1"]["mlp"]["up"]["kernel"] *= 1e30
+    assert says in (first_nonfinite(jax.grad(loss), params) or "nothing")
 
 
 def test_every_parameter_names_its_axes():
