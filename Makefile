@@ -9,7 +9,7 @@ CONFIG := configs/lm/stdlib.py
 UV := uv
 ARGS :=
 
-# The console scripts of an environment do not start from a path with spaces, `python -m` does. All paths here are relative.
+# `python -m`, not the console scripts: those hold the path of the environment. All paths here are relative.
 python := .venv/bin/python
 
 # What was set for another Python does not reach this one.
@@ -51,7 +51,7 @@ train: setup
 # Two workers, since tests mostly wait for XLA's compiler, which uses one core; a file's tests stay together and share what is
 # compiled.
 test: setup
-	$(python) -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=0 $(ARGS)
+	$(python) -m pytest -n 2 --dist loadfile $(if $(ARGS),--no-cov,--cov --cov-report=term) $(ARGS)
 
 # One process: these start processes and whole trainings of their own, and want the cores for them.
 slow: setup

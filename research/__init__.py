@@ -13,6 +13,7 @@ _HOME = {
     "load_config": "research.core.config",
     "fit": "research.core.loop",
     "load_run": "research.core.workdir",
+    "Experiment": "research.experiment",
     "build": "research.experiment",
     "run": "research.experiment",
 }

@@ -32,7 +32,7 @@ def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser
     return Parser(
         prog=f"gnomon {verb}",
         description=description,
-        epilog=f"example:\n  gnomon {verb} {example}",
+        epilog=f"--config.key=value changes a key of the config, where there is one.\n\nexample:\n  gnomon {verb} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = parse_overrides(rest)
         experiment, run, variables, path = opened(args, overrides)
         evaluations = dict(experiment.evaluations)
+        if not evaluations:
+            raise ValueError(f"{args.config} has no evaluations")
         if args.only:
             evaluations = {args.only: choose(evaluations, args.only, "--only")}
         results = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "train",
         "Train what a config says, in a folder that explains itself. The same command goes on with an interrupted run.",
-        "--config configs/lm/stdlib.py:smoke --workdir runs/first --config.optimizer.learning_rate=0.01",
+        "--config configs/lm/stdlib.py:smoke --config.optimizer.learning_rate=0.01",
     )
     p.add_argument("--config", required=True, metavar="PATH[:ARG]", help="a config file, with one of its arguments")
     p.add_argument("--workdir", help="the run's folder (default: runs/<config>-<arg>)")
@@ -110,8 +111,11 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         if outcome.reason != loop.FINISHED:
             print(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
         finish(experiment, workdir, outcome, seconds)
-    sampling = f"; more samples: gnomon sample --config {args.config} --workdir {path}" if experiment.sample else ""
-    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {path}{sampling}")
+    folder = shlex.quote(str(path))
+    sampling = (
+        f"; more samples: gnomon sample --config {shlex.quote(args.config)} --workdir {folder}" if experiment.sample else ""
+    )
+    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {folder}{sampling}")
     return 0
 
 
@@ -146,11 +150,17 @@ def finish(experiment: Experiment, workdir: Workdir, outcome: Outcome, seconds: 
     """Shows what the run came to, and writes report.html and, last, summary.json."""
     variables = experiment.stages[-1].learner.variables(outcome.state)
     key = jax.random.key(experiment.seed)
+    if experiment.closing:
+        print("making the closing tables and samples")
     shown = [item for closing in experiment.closing for item in closing(variables, outcome.results, key)]
     for item in shown:
         print(f"\n{item.title}\n{item.body}" if isinstance(item, Text) else cli.table(item))
     tables = [item for item in shown if isinstance(item, Table)]
     samples = [item for item in shown if isinstance(item, Text)]
+    events, step = TensorBoard(workdir.events_path), int(outcome.state["step"])
+    events.start(step, step, experiment.stages[-1].learner, len(experiment.stages) - 1)
+    events.evaluated(step, "closing", {item.title: item.body for item in samples})
+    events.close()
     write_report(workdir.path, outcome.results, tables=tables, samples=samples)
     summary = workdir.finish(outcome.results, outcome.state, seconds)
     print(cli.table(results_table(summary)))
@@ -178,6 +188,8 @@ def several(args: argparse.Namespace, overrides: Mapping[str, str]) -> int:
     config = load_config(args.config, overrides)
     if "learner" in config and members_of(config):
         raise ValueError(f"--seeds {args.seeds} of a population: its members are seeds already; allowed: one of the two")
+    if "seed" not in config:
+        raise ValueError(f"--seeds {args.seeds}: the config has no key seed for its build to use; allowed: one that has")
     first = config.seed
     summaries = []
     for seed in range(first, first + args.seeds):

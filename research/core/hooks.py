@@ -1,6 +1,10 @@
 """What a run tells, and to whom: a hook is called by `fit` and may ask it to stop.
 
-A sink of one's own (wandb, MLflow) is a Hook with `log` and `evaluated`:
+A sink of one's own (wandb, MLflow) is a Hook with `log` and `evaluated`, given to `run(experiment, hooks=[Wandb()])`, or to the
+`Experiment(…, hooks=[Wandb()])` that a config's own `build` makes:
+
+    import wandb
+    from research.core.hooks import Hook
 
     class Wandb(Hook):
         def start(self, step, steps, learner, stage=0): self.run = wandb.init(resume="allow")
@@ -42,6 +46,9 @@ class Hook:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Training metrics at `step`: {name: float, or NumPy array with one value a member of a population}."""
+
+    def evaluating(self, step: int, prefix: str) -> None:
+        """The evaluation called `prefix` begins, at `step`."""
 
     def evaluated(self, step: int, prefix: str, values: Mapping[str, Any]) -> None:
         """What the evaluation called `prefix` found at `step`: {name: float, NumPy array or str}, names without the prefix."""

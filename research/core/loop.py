@@ -145,6 +145,8 @@ def train(
         def evaluate(names, state):
             fresh: dict[str, Any] = {}
             for name in names:
+                for hook in hooks:
+                    hook.evaluating(step, name)
                 values = measured[name](learner.variables(state), jax.random.fold_in(k_eval, step))
                 fresh |= {f"{name}/{k}": v for k, v in values.items()}
                 for hook in hooks:

@@ -169,6 +169,7 @@ class Progress(Hook):
         self.close()
         self._view, self._step, self._steps, self._stage = self._opened(), step, steps, stage
         self._metrics: dict[str, float] = {}
+        self._doing = ""
         self._speed: float | None = None
         self._first: tuple[float, int] | None = None  # (time, step) after the first dispatch: compiling is no part of the speed
         self._mark: tuple[float, int] | None = None
@@ -193,12 +194,16 @@ class Progress(Hook):
         self._pending = True
         self._refresh()
 
+    def evaluating(self, step: int, prefix: str) -> None:
+        self._doing, self._pending = f"measuring {prefix}", True
+        self._refresh(last=True)
+
     def evaluated(self, step: int, prefix: str, values: Mapping[str, Any]) -> None:
         for name in self._names:
             if name.startswith(f"{prefix}/") and name.removeprefix(f"{prefix}/") in values:
                 self._metrics[name] = float(np.mean(values[name.removeprefix(f"{prefix}/")]))
         self._mark = (time.monotonic(), step)
-        self._pending = True
+        self._doing, self._pending = "", True
         self._refresh()
 
     def saved(self, step: int) -> None:
@@ -234,4 +239,4 @@ class Progress(Hook):
         elif self._step > self._first[1]:
             left = (self._steps - self._step) * (now - self._first[0]) / (self._step - self._first[1])
             shown.append(f"{duration(left)} left" if self._step < self._steps else f"{duration(now - self._first[0])} in all")
-        return shown
+        return [*shown, self._doing] if self._doing else shown

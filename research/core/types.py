@@ -1,6 +1,6 @@
 """The contracts: NamedTuples of pure functions, in the manner of optax.
 
-A `Task` says what is computed, an `Estimate` how its gradient is had, a `Learner` how a State moves, an `Evaluator` what is
+A `Task` says what is computed, an `Estimate` how its gradient is, a `Learner` how a State moves, an `Evaluator` what is
 measured, a `Stage` what runs for how long. A transform is any `Task -> Task`; a learner transform is any `Learner -> Learner`.
 Nothing else in the project is a framework. docs/design.md draws the picture; `research.core.contracts` checks a member.
 
@@ -93,8 +93,8 @@ class Task(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """How a gradient is had. It may keep a memory (particles, episodes), which it lays out with `axes` where a default by path
-    suffix and shape does not do.
+    """How a gradient is computed. It may keep a memory (particles, episodes), which it lays out with `axes` where a default by
+    path suffix and shape does not do.
 
     init: (task, variables, key) -> memory.
     grads: (memory, task, variables, batch, key) -> (loss, Aux, gradients shaped as params, memory).

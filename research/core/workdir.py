@@ -188,7 +188,8 @@ class Workdir:
         if changed and not resume:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ValueError(
-                f"workdir {path} holds a run of another config: {changed[0]}{more}; allowed: resume, overwrite, another workdir"
+                f"workdir {path} holds a run of another config: {changed[0]}{more}; "
+                "allowed: --resume, --overwrite, another --workdir"
             )
         finished = not changed and (path / "summary.json").exists()
         return cls(path, given, FINISHED if finished else UNFINISHED, changed, overwrite)

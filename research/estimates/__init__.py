@@ -1,4 +1,4 @@
-"""How a gradient is had: `Estimate`s, which wrap each other."""
+"""How a gradient is computed: `Estimate`s, which wrap each other."""
 
 from research.estimates.accumulated import accumulated
 from research.estimates.clipped_per_example import clipped_per_example

@@ -4,7 +4,8 @@
     experiment = build(config)
     outcome = run(experiment)
 
-A config file may define its own `build(config) -> Experiment`, in the project or anywhere else; `build` then uses that one.
+A config file may define its own `build(config) -> Experiment`, in the project or anywhere else; `build(config, name)`, with
+the name that `load_config` was given, then uses that one.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def build(config: Any, name: str | None = None) -> Experiment:
 def assembled(config: Any) -> Experiment:
     """The Experiment of a config in the project's own form, as configs/base.py begins it."""
     if "task" not in config or not is_section(config.task) or "name" not in config.task:
-        raise ValueError(f"config lacks task.name; allowed: {', '.join(KINDS)}")
+        raise ValueError(
+            f"config lacks task.name; allowed: {', '.join(KINDS)}, or build(config, name) of a file with its own build"
+        )
     kind = config.task.name
     make = choose(KINDS, kind, "task.name")
     only(config, (*COMMON, *OWN[kind]), "")

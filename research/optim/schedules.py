@@ -100,7 +100,7 @@ def wsd(
     if shape == "exponential" and final == 0:
         raise ValueError("schedule.final=0.0 cannot end an exponential decay: give a fraction of the peak above 0")
     if start + length > steps:
-        raise ValueError(f"schedule.warmup={start} and schedule.decay={length} steps overlap: the run has {steps}")
+        raise ValueError(f"optimizer.schedule.warmup={start} and .decay={length} steps overlap: the run has {steps}")
     begin = steps - length
     return _warmed(peak, start, lambda s: jnp.where(s < begin, 1.0, fall(_progress(s, begin, steps), final)))
 

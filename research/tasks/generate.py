@@ -66,7 +66,8 @@ def check_request(decode: Method, length: int, *, tokens: int, temperature: floa
     if context is not None and length + tokens - 1 > context:
         most = context + 1 - length
         raise ValueError(
-            f"generate: {length} tokens of prompt + {tokens} to come exceed the context of {context}; at most {most}"
+            f"generate: {length} tokens of prompt + {tokens} to come (sample.tokens) exceed the context of {context} "
+            f"(model.context); at most {most} to come, the last of which is not read"
         )
 
 

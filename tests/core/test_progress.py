@@ -148,3 +148,15 @@ def test_the_peak_is_measured_once_a_dtype(monkeypatch):
     assert 1e7 < first < 1e15
     assert measured_matmul_peak() == measured_matmul_peak("float32") == first  # a second measurement would differ in some digit
     progress._peak.cache_clear()
+
+
+def test_what_is_being_measured_is_said_before_it_is_measured():
+    out = io.StringIO()
+    shown = Progress(mode="lines", out=out)
+    shown.start(0, 4, None)
+    shown.step(4)
+    shown.evaluating(4, "test")
+    assert out.getvalue().splitlines()[-1].endswith("measuring test")
+    shown.evaluated(4, "test", {})
+    assert not any("measuring" in field for field in shown.fields(0.0))
+    shown.close()
