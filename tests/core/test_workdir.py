@@ -112,7 +112,7 @@ def test_another_config_is_refused_by_the_key_that_differs(tmp_path):
     trained(tmp_path / "a")
     before = tree(tmp_path / "a")
     with pytest.raises(
-        ValueError, match=r"another config: model\.width: was 192, given 256; allowed: resume, overwrite"
+        ValueError, match=r"another config: model\.width: was 192, given 256; allowed: --resume, --overwrite"
     ) as caught:
         Workdir.create(tmp_path / "a", OTHER)
     assert "\n" not in str(caught.value)
