@@ -46,5 +46,5 @@ def test_a_config_of_ones_own_is_built(tmp_path):
     assert "average" in learner.axes and len(jax.eval_shape(learner.init, jax.random.key(0))["params"]["blocks"]) == 6
 
 
-def test_no_part_is_left_to_be_filled_in():
-    assert not re.search(r"[A-Z]+_[A-Z]+_OUTPUT|TODO|FIXME", README)
+def test_the_two_commands_are_shown_with_what_they_printed():
+    assert re.search(r"^this model +[0-9.]+$", README, re.MULTILINE) and re.search(r"\d+ passed.* in [0-9.]+s", README)

@@ -84,7 +84,10 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
 
 def _walk_scan(eqn: Any, inputs: list[Any], trail: str, debug: Any) -> tuple[list[Any], str | None]:
     p = eqn.params
-    closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
+    closed = p["jaxpr"]
+    # jax 0.10 counts them; 0.12 keeps the three parts of the inputs
+    counts = [p["num_consts"], p["num_carry"]] if "num_carry" in p else [len(part) for part in p["ft_in"].unpack()]
+    n_consts, n_carry, *_ = counts
     consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
     order = range(p["length"])
     ys: list[list[Any]] = []
