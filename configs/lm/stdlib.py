@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update({"every": 350, "keep_best": 1, "best": "val/bits_per_byte"})
     if arg == "30min":
         config.model.layers = 3
-        config.train.steps = 2000
+        config.train.steps = 3000
         config.evaluate.every = 500
     if arg == "smoke":
         config.model.update({"width": 64, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 16, "mlp_width": 128})
