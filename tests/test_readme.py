@@ -44,7 +44,3 @@ def test_a_config_of_ones_own_is_built(tmp_path):
     (tmp_path / "mine.py").write_text(block("stdlib.get_config"))
     learner = build(load_config(str(tmp_path / "mine.py"))).stages[0].learner
     assert "average" in learner.axes and len(jax.eval_shape(learner.init, jax.random.key(0))["params"]["blocks"]) == 6
-
-
-def test_the_two_commands_are_shown_with_what_they_printed():
-    assert re.search(r"^this model +[0-9.]+$", README, re.MULTILINE) and re.search(r"\d+ passed.* in [0-9.]+s", README)
