@@ -2,7 +2,7 @@
 
     make train                                                   # this config, about four minutes on 2 cores
     gnomon train --config configs/lm/stdlib.py:30min             # as low as half an hour goes
-    gnomon train --config configs/lm/stdlib.py:smoke             # seconds
+    gnomon train --config configs/lm/stdlib.py:smoke             # half a minute
 
 Expected: see docs/results.md. Split by sha256 of the path (data/stdlib.py); settings were chosen on the validation split.
 Sliding attention, hashed n-gram embeddings, and embeddings of what followed the last few bytes when they last occurred, which

@@ -24,6 +24,7 @@ import optax
 
 from research.core import contracts
 from research.core.checkpoint import Checkpoints
+from research.core.evaluate import names_of
 from research.core.tree import joined, leaves_with_paths, map_with_path
 from research.core.types import Estimate, Evaluator, Example, Learner, Spec, Task
 from research.estimates import exact
@@ -320,6 +321,7 @@ def evaluator_is_sound(example: Example) -> None:
     same_bits(both, update(one, variables, batches[1], KEY), "update")
     close(jax.tree.map(lambda a, b, s: a + b - s, one, two, start), both, PROGRAM, "stats of both batches")
     values = evaluator.finalize(jax.device_get(both))
+    assert set(names_of(evaluator)) == set(values), "an evaluator names what it measures on empty stats too"
     for name, value in values.items():
         assert isinstance(name, str) and isinstance(value, (int, float, np.number, np.ndarray)), f"{name}: {type(value)}"
         assert np.issubdtype(np.asarray(value).dtype, np.number), f"{name}: {value}"

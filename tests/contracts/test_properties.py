@@ -81,8 +81,21 @@ def counting_evaluator(update):
     return Example(Evaluator(lambda: zeros, update, lambda s: {"mean": float(s["sum"] / s["weight"])}), TASK)
 
 
+def nameless_at_first():
+    example = counting_evaluator(adding)
+    finalize = example.member.finalize
+    return example._replace(member=example.member._replace(finalize=lambda s: finalize(s) if s["weight"] else {}))
+
+
 def unmasked(stats, variables, batch, key):
     return {"sum": stats["sum"] + batch["targets"].sum(), "weight": stats["weight"] + batch["mask"].sum()}
+
+
+def adding(stats, variables, batch, key):
+    return {
+        "sum": stats["sum"] + (batch["targets"] * batch["mask"]).sum(),
+        "weight": stats["weight"] + batch["mask"].sum(),
+    }
 
 
 def decaying(stats, variables, batch, key):
@@ -120,6 +133,7 @@ FAULTS = {
     "straight-through": (properties.gradient_agrees_with_finite_differences, lambda: losing(rounded_loss)),
     "a gradient 0.1% off": (properties.gradient_agrees_with_finite_differences, shrunk_gradient),
     "evaluator without mask": (properties.masked_rows_count_nothing, lambda: counting_evaluator(unmasked)),
+    "evaluator without names at first": (properties.evaluator_is_sound, nameless_at_first),
     "evaluator that forgets": (properties.evaluator_is_sound, lambda: counting_evaluator(decaying)),
 }
 
