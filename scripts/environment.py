@@ -2,7 +2,7 @@
 
 Only the standard library is imported here. What an environment holds:
     requirements/lock.txt     every package, by version and hash
-    requirements/NAME.txt     what NAME adds to it (torch, in "peers"); by version
+    requirements/NAME.txt     what NAME adds to it: torch in "peers", by version; compilers in "tpu" and "cuda", by hash as well
     the project               editable
 
 A stamp inside the environment, written last, says what it was made from. No stamp, another stamp or a missing file: the
@@ -40,6 +40,8 @@ REACHING = {
     *("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy"),
     *("timeout", "default-timeout", "retries", "cache-dir", "no-cache-dir", "keyring-provider"),
 }
+NEEDED = {"": 2.5, "tpu": 3.0, "cuda": 3.0}  # GB: what is installed, the wheels while they are unpacked, and some to spare
+NEEDED_ELSE = 6.0
 FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -75,8 +77,8 @@ class Environment(NamedTuple):
 
     @property
     def needed(self) -> float:
-        """Bytes: what is installed, the wheels while they are unpacked, and some to spare."""
-        return (6.0 if self.name else 2.5) * GIGABYTE
+        """Bytes that must be free before it is made."""
+        return NEEDED.get(self.name, NEEDED_ELSE) * GIGABYTE
 
 
 def environment(root: Path, name: str) -> Environment:
