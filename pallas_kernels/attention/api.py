@@ -1,0 +1,153 @@
+"""Attention in which a query sees the keys that a mask says, at the price of the blocks that are not empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
+from pallas_kernels.attention.lists import Segments, Sizes
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {"reference": reference.attend, "xla": xla.attend}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask | BlockMask | SelectedBlocks,
+    *,
+    q_offset: int | jax.Array = 0,
+    score_mod: Callable[..., jax.Array] | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    sinks: jax.Array | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale q k') v over the keys that each query sees; the formula stands in `reference`.
+
+    q: [batch, q_len, q_heads, d_qk]; k: [batch, kv_len, kv_heads, d_qk]; v: [batch, kv_len, kv_heads, d_v], all of one dtype:
+        float32, bfloat16, float16 or (with x64) float64; JAX or NumPy. q_heads is a multiple of kv_heads, and query head h reads
+        key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). Sums are float32 at least.
+    mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data.
+    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache.
+    score_mod: (score, batch, head, q_index, kv_index) -> score, as FlexAttention takes it, called with arrays that broadcast;
+        differentiated, also by the arrays it closes over.
+    segment_ids: int32 [batch, length], or a pair of them for queries and keys; a query sees the keys of its own segment only,
+        and blocks without such pairs are skipped.
+    sinks: [q_heads] scores of a key that all see and that has no value (Xiao et al. 2023, arXiv 2309.17453); differentiated.
+    softcap: scores become softcap * tanh(score / softcap), before score_mod.
+    scale: 1 / sqrt(d_qk) if None.
+    return_lse: also the log of the sum of exp(score), sinks included: float32 [batch, q_len, q_heads], differentiated.
+    implementation: "reference", "xla", "tpu" or "gpu"; None takes the best that supports the call.
+
+    Returns [batch, q_len, q_heads, d_v] in q's dtype. Queries that see nothing get 0 (lse -inf) and have zero gradients; keys
+    that are not seen have no influence, be they NaN. Raises ValueError for shapes and dtypes that do not fit, NotImplementedError
+    from a named implementation for what it does not support.
+    """
+    q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    _check_qkv(q, k, v)
+    b, t, h, d = q.shape
+    s = k.shape[1]
+    mask, q_offset = _mask(mask, q, k, q_offset), _offset(q_offset, b)
+    if segment_ids is not None:
+        segment_ids = _segments(segment_ids, b, t, s)
+    if sinks is not None:
+        sinks = _array("sinks", sinks)
+        _expect("sinks", sinks.shape, (h,), "[q_heads]")
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if value is not None and not (
+            isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name == "scale")
+        ):
+            raise ValueError(
+                f"{name}: got {value!r}, wanted {'a positive' if name == 'softcap' else 'a finite'} Python number or None"
+            )
+    out, lse = dispatch.run(
+        "sparse_attention", IMPLEMENTATIONS, implementation, q, k, v, mask, q_offset=q_offset, score_mod=score_mod,
+        segment_ids=segment_ids, sinks=sinks, softcap=softcap, scale=d**-0.5 if scale is None else float(scale),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _array(name: str, x: Any) -> jax.Array:
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name}: got {type(x).__name__}, wanted an array")
+    dtype = jnp.result_type(x)
+    if dtype.name not in DTYPES:
+        raise ValueError(f"{name}: got dtype {dtype.name}, wanted one of {', '.join(DTYPES)}")
+    return jnp.asarray(x)
+
+
+def _expect(name: str, got: tuple[int, ...], wanted: tuple[int, ...], words: str) -> None:
+    if tuple(got) != tuple(wanted):
+        raise ValueError(f"{name}: got shape {list(got)}, wanted {list(wanted)} {words}")
+
+
+def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, wanted [batch, length, heads, head_dim]")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, wanted no empty axis")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: got dtype {x.dtype}, wanted {q.dtype} as q has")
+    b, _, h, d = q.shape
+    _expect("k", k.shape, (b, k.shape[1], k.shape[2], d), "[batch, kv_len, kv_heads, d_qk] beside q")
+    _expect("v", v.shape, (*k.shape[:3], v.shape[3]), "[batch, kv_len, kv_heads, d_v] beside k")
+    if h % k.shape[2]:
+        raise ValueError(f"k: got {k.shape[2]} heads, wanted a divisor of q's {h}")
+
+
+def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
+    b, t, h, _ = q.shape
+    s, kv_heads = k.shape[1], k.shape[2]
+    if isinstance(mask, SelectedBlocks):
+        mask.check(b, h, kv_heads, Sizes(t, s, mask.q_block, mask.kv_block))
+        inner = mask.mask
+    elif isinstance(mask, BlockMask):
+        if mask.sizes[:2] != (t, s):
+            raise ValueError(f"mask: got a BlockMask of {mask.sizes.q_len} x {mask.sizes.kv_len} pairs, wanted {t} x {s}")
+        if isinstance(q_offset, int) and q_offset != mask.q_offset:
+            raise ValueError(f"q_offset: got {q_offset}, wanted {mask.q_offset}, which the BlockMask was made with")
+        inner = mask.mask
+    elif isinstance(mask, Mask):
+        inner = mask
+    else:
+        raise ValueError(
+            f"mask: got {type(mask).__name__}, wanted a mask such as masks.causal(), a BlockMask or SelectedBlocks"
+        )
+    for name, has, told in (("heads", h, inner.heads), ("sequences", b, inner.batch)):
+        if told > 0 and told != has:
+            raise ValueError(f"mask: got one of {told} {name}, wanted {has} as q has")
+    return mask
+
+
+def _offset(q_offset: Any, batch: int) -> Any:
+    if isinstance(q_offset, (int, np.integer)) and not isinstance(q_offset, bool):
+        return int(q_offset)
+    shape, dtype = jnp.shape(q_offset), jnp.result_type(q_offset)
+    if shape not in ((), (batch,)) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"q_offset: got {dtype}{list(shape)}, wanted a whole number, or integers [] or [{batch}]")
+    return jnp.asarray(q_offset, jnp.int32)
+
+
+def _segments(segment_ids: Any, b: int, t: int, s: int) -> Segments:
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if len(pair) != 2:
+        raise ValueError(f"segment_ids: got {len(pair)} arrays, wanted one or a pair, for queries and keys")
+    for ids, length in zip(pair, (t, s)):
+        _expect("segment_ids", jnp.shape(ids), (b, length), "[batch, length]")
+        if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+            raise ValueError(f"segment_ids: got dtype {jnp.result_type(ids)}, wanted integers")
+    return Segments(*(jnp.asarray(ids, jnp.int32) for ids in pair))

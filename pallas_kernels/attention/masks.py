@@ -1,0 +1,158 @@
+"""Which query sees which key: values with an algebra.
+
+A mask says bool for (batch, head, q_index, kv_index), combines with `&`, `|` and `~`, and is hashable: equal masks are equal
+values. Indices broadcast and may be NumPy or JAX arrays, so that one definition serves the blocks that are looked at before
+anything compiles, the kernels, and the dense reference.
+
+Besides the single pairs, a mask bounds whole rectangles of pairs, which is how 131,072 x 131,072 pairs are sorted into blocks
+without being looked at one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.algebra import Data, Mask, PerHead
+from pallas_kernels.attention.patterns import (
+    Blocks,
+    BlockWindow,
+    Document,
+    Everything,
+    Function,
+    Positions,
+    Prefix,
+    Strided,
+    Window,
+    looks,
+)
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Everything()
+
+
+def causal() -> Mask:
+    """kv <= q."""
+    return Window(None, 0)
+
+
+def window(left: int | None, right: int | None) -> Mask:
+    """q - left <= kv <= q + right, as `local_window_size` of `jax.nn.dot_product_attention`; None is without end."""
+    for name, reach in (("left", left), ("right", right)):
+        if reach is not None:
+            _whole(f"window's {name}", reach, 0)
+    return Window(left, right)
+
+
+def block_window(size: int, left: int, right: int) -> Mask:
+    """A window counted in blocks of `size` positions: q // size - left <= kv // size <= q // size + right."""
+    _whole("block_window's size", size, 1)
+    return BlockWindow(size, _whole("block_window's left", left, 0), _whole("block_window's right", right, 0))
+
+
+def prefix(n: int) -> Mask:
+    """kv < n: all see the first n keys. `causal() | prefix(n)` is the mask of a prefix language model."""
+    return Prefix(_whole("prefix's n", n, 0), 1)
+
+
+def document(ids: Any) -> Mask:
+    """ids[q] == ids[kv], for int ids [length] or [batch, length] that are known when the mask is made (those that are data of a
+    step are `segment_ids` of `sparse_attention`). Sorted ids make quick work of long sequences."""
+    if isinstance(ids, jax.core.Tracer):
+        raise ValueError("document's ids are traced, and a mask is a value; pass them as segment_ids of sparse_attention")
+    values = np.asarray(ids)
+    if values.ndim not in (1, 2) or not np.issubdtype(values.dtype, np.integer) or not values.size:
+        raise ValueError(f"document's ids: got {values.dtype}{list(values.shape)}, wanted integers [length] or [batch, length]")
+    return Document(Data(values), bool((np.diff(values, axis=-1) >= 0).all()))
+
+
+def strided(stride: int) -> Mask:
+    """(q - kv) % stride == 0. With a window it is the strided pattern of Sparse Transformers (Child et al. 2019, arXiv 1904.10509,
+    section 4.3): `causal() & (window(l, 0) | strided(l))`."""
+    return Strided(_whole("strided's stride", stride, 1))
+
+
+def dilated(left: int, right: int, step: int) -> Mask:
+    """A window with gaps: kv = q + i * step for -left <= i <= right (Longformer's dilated window; Beltagy et al. 2020, arXiv
+    2004.05150, section 3.1)."""
+    _whole("dilated's step", step, 1)
+    return Window(_whole("dilated's left", left, 0) * step, _whole("dilated's right", right, 0) * step) & Strided(step)
+
+
+def global_tokens(which: int | Sequence[int]) -> Mask:
+    """The tokens at these positions (the first n, if an int) see all and are seen by all (Longformer's global attention,
+    symmetric; arXiv 2004.05150, section 3.1)."""
+    if isinstance(which, (int, np.integer)):
+        n = _whole("global_tokens' n", which, 0)
+        return Prefix(n, 0) | Prefix(n, 1)
+    positions = tuple(sorted({_whole("global_tokens' position", position, 0) for position in which}))
+    if not positions:
+        raise ValueError("global_tokens: got no positions, wanted one or more")
+    return Positions(positions, 0) | Positions(positions, 1)
+
+
+def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) -> Mask:
+    """Every block of `size` queries sees `count` blocks of `size` keys, drawn without replacement from those of `length` keys,
+    for each of `heads` heads anew (0: shared). key: an int or a JAX key; equal keys draw equal blocks."""
+    for name, value in (("size", size), ("count", count), ("length", length)):
+        _whole(f"random_blocks' {name}", value, 1)
+    n = -(-length // size)
+    if count > n:
+        raise ValueError(f"random_blocks' count: got {count}, wanted at most the {n} blocks of {size} in {length} keys")
+    generator = np.random.default_rng(_seed(key))
+    order = generator.random((_whole("random_blocks' heads", heads, 0) or 1, n, n)).argpartition(count - 1, axis=-1)[
+        ..., :count
+    ]
+    table = np.zeros((heads or 1, n, n), bool)
+    np.put_along_axis(table, order, True, axis=-1)
+    return Blocks(Data(table if heads else table[0]), size)
+
+
+def bigbird(key: Any, size: int, length: int, window: int = 3, globals_: int = 2, count: int = 3, heads: int = 0) -> Mask:
+    """BigBird's blocks of `size`: a window of `window` blocks, the first `globals_` blocks seen by all and seeing all, and `count`
+    random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are)."""
+    reach = _whole("bigbird's window", window, 1) // 2
+    mask = block_window(size, reach, reach)
+    if globals_:
+        mask = mask | global_tokens(_whole("bigbird's globals_", globals_, 0) * size)
+    return mask | random_blocks(key, size, count, length, heads) if count else mask
+
+
+def per_head(*masks: Mask) -> Mask:
+    """The i-th mask for query head i."""
+    if not masks:
+        raise ValueError("per_head: got no masks, wanted one a query head")
+    return PerHead(masks)
+
+
+def from_function(mask_mod: Callable[[Any, Any, Any, Any], Any]) -> Mask:
+    """A mask_mod as FlexAttention takes it: (batch, head, q_index, kv_index) -> bool, called with integer arrays that broadcast.
+
+    It is compared by identity, and looked at pair by pair when its blocks are sorted. Raises ValueError if its result is no bool
+    or if it closes over a traced array.
+    """
+    if not callable(mask_mod):
+        raise ValueError(f"from_function: got {mask_mod!r}, wanted a function (batch, head, q_index, kv_index) -> bool")
+    looks(mask_mod)
+    return Function(mask_mod)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}: got {value!r}, wanted a whole number >= {least}")
+    return int(value)
+
+
+def _seed(key: Any) -> list[int]:
+    if isinstance(key, (int, np.integer)):
+        return [int(key) & 0xFFFFFFFF, int(key) >> 32 & 0xFFFFFFFF]
+    if isinstance(key, jax.core.Tracer):
+        raise ValueError("random_blocks' key is traced, and a mask is a value; draw it outside of jit")
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return [int(word) for word in np.asarray(data).reshape(-1)]

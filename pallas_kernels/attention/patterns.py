@@ -1,0 +1,273 @@
+"""The single masks: dataclasses that compare by their sizes, or by the content of their arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Var
+
+from pallas_kernels.attention.algebra import ANY, Data, Mask, at, never, traced
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Everything(Mask):
+    """Every query sees every key."""
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return ~never(q_index, kv_index)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        yes = ~never(q_first, kv_first)
+        return yes, yes
+
+    def __repr__(self) -> str:
+        return "full()"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Window(Mask):
+    """q - left <= kv <= q + right; None: without end."""
+
+    left: int | None
+    right: int | None
+
+    def __call__(self, batch, head, q_index, kv_index):
+        seen = ~never(q_index, kv_index) if self.left is None and self.right is None else True
+        if self.left is not None:
+            seen = seen & (kv_index >= q_index - self.left)
+        if self.right is not None:
+            seen = seen & (kv_index <= q_index + self.right)
+        return seen
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        some = every = ~never(q_first, kv_first)
+        if self.left is not None:
+            some, every = some & (kv_last >= q_first - self.left), every & (kv_first >= q_last - self.left)
+        if self.right is not None:
+            some, every = some & (kv_first <= q_last + self.right), every & (kv_last <= q_first + self.right)
+        return some, every
+
+    def __repr__(self) -> str:
+        return "causal()" if (self.left, self.right) == (None, 0) else f"window({self.left}, {self.right})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BlockWindow(Mask):
+    """A window counted in blocks: q // size - left <= kv // size <= q // size + right."""
+
+    size: int
+    left: int
+    right: int
+
+    def _window(self) -> Window:
+        return Window(self.left, self.right)
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return self._window()(batch, head, q_index // self.size, kv_index // self.size)
+
+    def bounds(self, batch, head, *ends):
+        return self._window().bounds(batch, head, *(end // self.size for end in ends))
+
+    def __repr__(self) -> str:
+        return f"block_window({self.size}, {self.left}, {self.right})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Prefix(Mask):
+    """The query's position (axis 0) or the key's (axis 1) is below n."""
+
+    n: int
+    axis: int
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return ((q_index, kv_index)[self.axis] < self.n) | never(q_index, kv_index)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        no = never(q_first, kv_first)
+        return ((q_first, kv_first)[self.axis] < self.n) | no, ((q_last, kv_last)[self.axis] < self.n) | no
+
+    def __repr__(self) -> str:
+        return f"{('first_queries', 'prefix')[self.axis]}({self.n})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Strided(Mask):
+    """(q - kv) is a multiple of `stride`."""
+
+    stride: int
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return (q_index - kv_index) % self.stride == 0
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        least, most = q_first - kv_last, q_last - kv_first
+        single = (least == most) & (most % self.stride == 0)
+        return most // self.stride * self.stride >= least, single | (self.stride == 1)
+
+    def __repr__(self) -> str:
+        return f"strided({self.stride})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Positions(Mask):
+    """The query's position (axis 0) or the key's (axis 1) is one of those given."""
+
+    which: tuple[int, ...]
+    axis: int
+
+    analytic = property(lambda self: len(self.which) <= 16)  # type: ignore[assignment]
+
+    def __call__(self, batch, head, q_index, kv_index):
+        index = (q_index, kv_index)[self.axis]
+        if self.analytic:
+            chosen = functools.reduce(operator.or_, [index == position for position in self.which])
+        else:
+            sorted_ = np.asarray(self.which)
+            xp = jnp if traced(index) else np
+            chosen = at(sorted_, xp.searchsorted(sorted_, index)) == index
+        return chosen | never(q_index, kv_index)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        first, last = ((q_first, q_last), (kv_first, kv_last))[self.axis]
+        xp, sorted_ = jnp if traced(first, last) else np, np.asarray(self.which)
+        inside = xp.searchsorted(sorted_, last, side="right") - xp.searchsorted(sorted_, first, side="left")
+        no = never(q_first, kv_first)
+        return (inside > 0) | no, (inside == last - first + 1) | no
+
+    def __repr__(self) -> str:
+        return f"{('queries', 'keys')[self.axis]}{list(self.which)}"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Document(Mask):
+    """Query and key belong to the same document."""
+
+    ids: Data  # [length] or [batch, length]
+    ordered: bool
+
+    analytic = False
+    exact = False
+    batch = property(lambda self: len(self.ids.values) if self.ids.values.ndim == 2 else 0)  # type: ignore[assignment]
+
+    def _of(self, batch: Any, index: Any) -> Any:
+        if not self.batch:
+            return at(self.ids.values, index)
+        length = self.ids.values.shape[1]
+        xp = jnp if traced(batch, index) else np
+        return at(self.ids.values.reshape(-1), xp.clip(index, 0, length - 1) + xp.clip(batch, 0, self.batch - 1) * length)
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return self._of(batch, q_index) == self._of(batch, kv_index)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        no = never(q_first, kv_first)
+        if not self.ordered:
+            return ~no, no
+        a, b, c, d = (self._of(batch, end) for end in (q_first, q_last, kv_first, kv_last))
+        return ((a <= d) & (c <= b)) | no, ((a == d) & (b == c)) | no
+
+    def __repr__(self) -> str:
+        return f"document({self.ids!r})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Blocks(Mask):
+    """A table of blocks: bool [rows, columns] or [heads, rows, columns], of `size` x `size` pairs each."""
+
+    table: Data
+    size: int
+
+    analytic = False
+    heads = property(lambda self: len(self.table.values) if self.table.values.ndim == 3 else 0)  # type: ignore[assignment]
+
+    def __call__(self, batch, head, q_index, kv_index):
+        *_, rows, columns = self.table.values.shape
+        xp = jnp if traced(head, q_index, kv_index) else np
+        row, column = xp.clip(q_index // self.size, 0, rows - 1), xp.clip(kv_index // self.size, 0, columns - 1)
+        if self.heads:
+            row = row + rows * xp.clip(head, 0, self.heads - 1)
+        return at(self.table.values.reshape(-1), row * columns + column)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        sums = _sums(self.table)[head if self.heads else 0]
+        rows, columns = sums.shape[0] - 1, sums.shape[1] - 1
+        xp = jnp if traced(q_first, kv_first) else np
+        ends = [
+            xp.clip(end // self.size, 0, n - 1)
+            for end, n in ((q_first, rows), (q_last, rows), (kv_first, columns), (kv_last, columns))
+        ]
+        (top, left), (bottom, right) = (ends[0], ends[2]), (ends[1] + 1, ends[3] + 1)
+
+        def above(row, column):
+            return at(sums.reshape(-1), row * (columns + 1) + column)
+
+        seen = above(bottom, right) - above(top, right) - above(bottom, left) + above(top, left)
+        return seen > 0, seen == (bottom - top) * (right - left)
+
+    def __repr__(self) -> str:
+        return f"blocks({self.table!r}, {self.size})"
+
+
+@functools.lru_cache(maxsize=64)
+def _sums(table: Data) -> np.ndarray:
+    """int64 [heads, rows + 1, columns + 1]: how many blocks are set above and to the left."""
+    sums = np.atleast_3d(table.values.T).T.astype(np.int64).cumsum(-1).cumsum(-2)
+    return np.pad(sums, [(0, 0), (1, 0), (1, 0)])
+
+
+class Looks(NamedTuple):
+    """What a function of (batch, head, q_index, kv_index) looks at."""
+
+    batch: bool
+    head: bool
+    arrays: bool  # of its own
+
+
+@functools.lru_cache(maxsize=256)
+def looks(function: Callable[..., Any]) -> Looks:
+    """Read off the function's jaxpr: what its result is computed from."""
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.ensure_compile_time_eval():
+        program = jax.make_jaxpr(function)(index, index, index, index)
+    if any(isinstance(const, jax.core.Tracer) for const in program.consts):
+        raise ValueError(
+            "a mask_mod closes over a traced array, and a mask is a value; for data of a step there are segment_ids"
+        )
+    if len(program.out_avals) != 1 or program.out_avals[0].shape or program.out_avals[0].dtype != jnp.bool_:
+        got = ", ".join(str(aval) for aval in program.out_avals)
+        raise ValueError(f"a mask_mod's result for single indices: got {got}, wanted one bool[]")
+    wanted = {v for v in program.jaxpr.outvars if isinstance(v, Var)}
+    for equation in reversed(program.jaxpr.eqns):
+        if wanted & set(equation.outvars):
+            wanted |= {v for v in equation.invars if isinstance(v, Var)}
+    batch, head, *_ = (v in wanted for v in program.jaxpr.invars)
+    return Looks(batch, head, bool(program.consts))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Function(Mask):
+    """A user's function of (batch, head, q_index, kv_index). Nothing is known of a rectangle before its pairs are looked at."""
+
+    function: Callable[[Any, Any, Any, Any], Any]
+
+    exact = False
+    analytic = property(lambda self: not looks(self.function).arrays)  # type: ignore[assignment]
+    heads = property(lambda self: ANY if looks(self.function).head else 0)  # type: ignore[assignment]
+    batch = property(lambda self: ANY if looks(self.function).batch else 0)  # type: ignore[assignment]
+
+    def __call__(self, batch, head, q_index, kv_index):
+        return self.function(batch, head, q_index, kv_index) | never(q_index, kv_index)
+
+    def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
+        no = never(q_first, kv_first)
+        return ~no, no
+
+    def __repr__(self) -> str:
+        return f"from_function({getattr(self.function, '__name__', self.function)})"

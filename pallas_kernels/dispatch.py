@@ -1,0 +1,66 @@
+"""The one chooser of all kernels: `implementation=None` takes the best that supports the call, a name takes that one or fails."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+_told: set[tuple[str, str, str]] = set()  # what was logged, so that it is once
+
+# By platform, best first; what a kernel does not have is passed over.
+ORDER = {"tpu": ("tpu", "xla", "reference"), "gpu": ("gpu", "xla", "reference"), "cpu": ("xla", "reference")}
+
+
+def platform() -> str:
+    """What a call is compiled for: the devices of the mesh in use where there is one, the default backend otherwise."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kind = device.device_kind.lower()
+        return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
+    backend = jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+
+
+def named(implementations: Mapping[str, Any], implementation: str) -> None:
+    """Raises ValueError, with the nearest match, for a name that is not in `implementations`."""
+    if implementation not in implementations:
+        near = difflib.get_close_matches(str(implementation), implementations, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        allowed = ", ".join(map(repr, implementations))
+        raise ValueError(f"implementation={implementation!r}; allowed: None, {allowed}{hint}")
+
+
+def run(kernel: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any, **kwargs: Any):
+    """Calls the named implementation, or with None the first that does not raise NotImplementedError, and logs which, once.
+
+    A named one never falls back: its NotImplementedError, which names the argument, reaches the caller. All other errors do
+    always. Raises ValueError for a name that there is not.
+    """
+    if implementation is not None:
+        named(implementations, implementation)
+        return implementations[implementation](*args, **kwargs)
+    where, reasons = platform(), []
+    for name in ORDER.get(where, ORDER["cpu"]):
+        if name not in implementations:
+            continue
+        try:
+            result = implementations[name](*args, **kwargs)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        _tell(kernel, name, where, reasons)
+        return result
+    raise NotImplementedError(f"no implementation of {kernel} supports this call on {where}: {'; '.join(reasons)}")
+
+
+def _tell(kernel: str, name: str, where: str, reasons: list[str]) -> None:
+    passed = f" ({'; '.join(reasons)})" if reasons else ""
+    key = (kernel, name, passed)
+    if key not in _told:
+        _told.add(key)
+        log.info("%s on %s: implementation %r%s", kernel, where, name, passed)
