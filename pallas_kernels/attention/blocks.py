@@ -21,7 +21,13 @@ class Entry(NamedTuple):
     backward: Blocks
 
 
-TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {}  # (implementation, device kind; "*" for all others)
+TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {  # (implementation, device kind; "*" for all others)
+    # Through Triton, which cuts them further; head_dim is counted in elements of 2 bytes.
+    ("gpu", "*"): (
+        Entry(17, 512, forward=Blocks(128, 64), backward=Blocks(64, 64)),
+        Entry(1, 512, forward=Blocks(16, 64), backward=Blocks(16, 64)),
+    ),
+}
 
 
 def block_sizes(implementation: str, device: str, q_len: int, head_dim: int) -> tuple[Blocks, Blocks]:
