@@ -20,7 +20,7 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     """(out [batch, q_len, q_heads, d_v], lse [batch, q_len, q_heads] in the dtype of sums). Arguments: see `sparse_attention`."""
     b, t, h, _ = q.shape
     s, dtype = k.shape[1], jnp.promote_types(q.dtype, jnp.float32)
-    k_BxSxHxD, v_BxSxHxD = (jnp.repeat(x, h // k.shape[2], axis=2).astype(dtype) for x in (k, v))
+    k_BxSxHxD, v_BxSxHxD = (jnp.repeat(x.astype(dtype), h // k.shape[2], axis=2) for x in (k, v))
     finite_BxSxH = jnp.isfinite(k_BxSxHxD).all(-1) & jnp.isfinite(v_BxSxHxD).all(-1)
     k_BxSxHxD, v_BxSxHxD = (jnp.where(jnp.isfinite(x), x, 0) for x in (k_BxSxHxD, v_BxSxHxD))
     score = scale * jnp.einsum("bthd,bshd->bhts", q.astype(dtype), k_BxSxHxD, precision="highest")

@@ -1,0 +1,29 @@
+"""Which implementations are checked here, on this machine, and on what. A kernel that runs interpreted joins by one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.pallas_kernels.attention.cases import CASES, Case
+
+FEW = ("causal", "by head", "fewer keys, nothing seen", "everything", "traced offsets", "selected by key head")
+
+
+class Checked(NamedTuple):
+    """cases: the names of those that are run. adapted: a case as the implementation can have it, with other blocks, say.
+    context: what a call is made in, an interpreter. properties: whether what JAX does to functions is checked too."""
+
+    cases: Iterable[str] = tuple(CASES)
+    adapted: Callable[[Case], Case] = lambda case: case
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    properties: bool = True
+
+
+CHECKED: dict[str, Checked] = {"xla": Checked()}  # beside "reference", which test_reference.py holds against the oracle
+
+ALL = ("reference", *CHECKED)
+with_properties = pytest.mark.parametrize("implementation", ["reference", *(n for n, c in CHECKED.items() if c.properties)])

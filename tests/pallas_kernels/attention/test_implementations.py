@@ -1,0 +1,190 @@
+"""Every implementation gives the reference's values and gradients, on every case; hypothesis makes more of them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.pallas_kernels.attention import cases
+from tests.pallas_kernels.attention.cases import AND, CASES, CAUSAL, KERNEL, NOT, OR, Case
+from tests.pallas_kernels.attention.implementations import ALL, CHECKED
+from tests.pallas_kernels.kernel_base import equals_oracle, equals_reference, identical, results, rounds_as_plain, same_results
+
+ON_CASES = [(name, case) for name, checked in CHECKED.items() for case in checked.cases]
+
+
+@pytest.mark.parametrize("implementation, name", ON_CASES)
+def test_values_and_gradients_are_the_references(implementation, name):
+    checked = CHECKED[implementation]
+    with checked.context():
+        equals_reference(KERNEL, checked.adapted(CASES[name]), implementation)
+
+
+@pytest.mark.parametrize("implementation, name", [(i, n) for i in CHECKED for n in ("everything", "selected by query head")])
+def test_with_all_of_the_compilers_optimizations_too(implementation, name):
+    checked = CHECKED[implementation]
+    with checked.context():
+        equals_reference(KERNEL, checked.adapted(CASES[name]), implementation, quick=False)
+
+
+PLAIN = {
+    "causal": ({"is_causal": True}, Case(CAUSAL, q_len=129, kv_len=129, d_qk=32, d_v=32, lse=False)),
+    "window": ({"local_window_size": (9, 4)}, Case(["window", 9, 4], kv_heads=1, d_qk=32, d_v=32, lse=False)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("implementation", ALL)
+def test_bfloat16_is_at_most_twice_as_far_from_the_truth_as_jaxs_own(implementation, name):
+    arguments, case = PLAIN[name]
+    checked = CHECKED.get(implementation)
+    with checked.context() if checked else jax.default_device(None):
+        case = checked.adapted(case) if checked else case
+        rounds_as_plain(
+            KERNEL, case, implementation, lambda of: jax.nn.dot_product_attention(of["q"], of["k"], of["v"], **arguments)
+        )
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_the_same_call_gives_the_same_bits(implementation):
+    """Also compiled anew: nothing depends on what was compiled before, or on the order of threads."""
+    case = CASES["everything"]
+    checked = CHECKED.get(implementation)
+    with checked.context() if checked else jax.default_device(None):
+        case = checked.adapted(case) if checked else case
+        arrays = cases.arrays(case)
+        identical(results(cases.call(case, implementation), arrays), results(cases.call(case, implementation), arrays))
+
+
+# Keys that are not numbers. Where the reference is NaN is seen in the comparison, which wants NaN in the same places.
+
+BAD = {"NaN": np.nan, "infinite": np.inf, "minus infinite": -np.inf}
+POISONED = {
+    "keys that nobody sees": (Case(["prefix", 40], sinks=True), slice(40, 60)),
+    "keys that no segment has": (Case(["full"], segments=([[0] * 67] * 2, [[0] * 30 + [1] * 30 + [0] * 7] * 2)), slice(30, 60)),
+    "keys that are not selected": (Case(cases.selected(cases.PICKS % 2, ["full"])), slice(64, 67)),
+    "keys in the future of most": (Case(CAUSAL), slice(50, 51)),
+    "keys at an offset": (Case(["window", 9, 0], q_len=31, offset=(36,), traced=True), slice(0, 27)),
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("implementation", CHECKED)
+def test_keys_that_are_not_finite_change_only_what_sees_them(implementation, name):
+    checked = CHECKED[implementation]
+    case, where = POISONED[name]
+    with checked.context():
+        case = checked.adapted(case)
+        seen = cases.seen(case)
+        arrays = cases.arrays(case)
+        clean = results(cases.call(case, implementation), arrays)
+        for (bad, value), operand in zip(BAD.items(), ("k", "v", "k")):
+            dirty = {n: x.copy() for n, x in arrays.items()}
+            dirty[operand][:, where, :, 3] = value
+            got = results(cases.call(case, implementation), dirty)
+            touched = seen[..., where].any(-1).swapaxes(1, 2)  # [batch, q_len, heads]
+            out, lse = got.values
+            np.testing.assert_array_equal(np.isnan(out).all(-1), touched, bad)
+            np.testing.assert_array_equal(np.isnan(lse), touched, bad)
+            for mine, theirs in ((out, clean.values[0]), (lse, clean.values[1]), (got.gradients["q"], clean.gradients["q"])):
+                np.testing.assert_array_equal(np.asarray(mine)[~touched], np.asarray(theirs)[~touched], bad)
+            blind = ~(seen & ~seen[..., where].any(-1, keepdims=True)).any((1, 2))  # keys that only touched queries see
+            reached = (seen & seen[..., where].any(-1, keepdims=True)).any((1, 2))
+            for n in "kv":
+                finite = np.isfinite(got.gradients[n]).all((-2, -1))
+                assert finite[~reached].all(), (bad, n)
+                assert not finite[reached & blind].any(), (bad, n)
+        if not touched.any():
+            same_results(got, clean, 0, 0)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_who_sees_nothing_gets_nothing_and_gives_nothing(implementation):
+    """Zero, log-sum-exp -inf, zero gradients, without a NaN on the way; with a sink, the log-sum-exp is the sink."""
+    checked = CHECKED.get(implementation)
+    for name in ("fewer keys, nothing seen", "nothing seen at all", "fewer keys"):
+        with checked.context() if checked else jax.default_device(None):
+            case = checked.adapted(CASES[name]) if checked else CASES[name]
+            blind = ~cases.seen(case).any(-1).swapaxes(1, 2)
+            arrays = cases.arrays(case)
+            got = results(cases.call(case, implementation), arrays)
+            assert blind.any()
+            assert (np.asarray(got.values[0])[blind] == 0).all()
+            assert (np.asarray(got.gradients["q"])[blind] == 0).all()
+            assert all(np.isfinite(x).all() for x in got.gradients.values())
+            lse = np.broadcast_to(arrays["sinks"], blind.shape)[blind] if case.sinks else -np.inf
+            np.testing.assert_allclose(np.asarray(got.values[1])[blind], lse, rtol=1e-6)
+            if blind.all():
+                assert all((np.asarray(x) == 0).all() for x in got.gradients.values())
+
+
+# Cases that hypothesis makes.
+
+LEAVES = st.one_of(
+    st.just(CAUSAL),
+    st.just(["full"]),
+    st.tuples(st.just("window"), st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)).map(list),
+    st.tuples(st.just("prefix"), st.integers(0, 50)).map(list),
+    st.tuples(st.just("strided"), st.integers(1, 9)).map(list),
+    st.tuples(st.just("block_window"), st.integers(1, 20), st.integers(0, 2), st.integers(0, 2)).map(list),
+    st.tuples(st.just("dilated"), st.integers(0, 4), st.integers(0, 4), st.integers(1, 6)).map(list),
+    st.lists(st.integers(0, 60), min_size=1, max_size=20).map(lambda which: ["global", which]),
+    st.lists(st.integers(0, 3), min_size=40, max_size=40).map(lambda ids: ["document", ids]),
+    st.lists(st.integers(0, 3), min_size=40, max_size=40).map(lambda ids: ["document", sorted(ids)]),
+    st.tuples(st.just("function"), st.integers(0, 5), st.integers(0, 7)).map(list),
+    st.integers(0, 99).map(lambda key: ["random", key, 8, 2, 67, 4]),
+)
+SPECS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from([AND, OR]), inner, inner).map(list),
+        inner.map(lambda spec: [NOT, spec]),
+    ),
+    max_leaves=4,
+)
+BY_HEAD = st.lists(LEAVES.filter(lambda spec: spec[0] not in ("function", "random")), min_size=4, max_size=4).map(
+    lambda specs: ["heads", *specs]
+)
+
+
+@st.composite
+def drawn(draw):
+    q_len, kv_len = draw(st.sampled_from([(67, 67), (31, 67), (67, 31), (1, 67), (17, 5)]))
+    ids = [
+        st.lists(st.integers(0, 2), min_size=n, max_size=n).map(lambda x: draw(st.booleans()) and sorted(x) or x)
+        for n in (q_len, kv_len)
+    ]
+    return Case(
+        draw(SPECS | BY_HEAD),
+        q_len,
+        kv_len,
+        kv_heads=draw(st.sampled_from([1, 2, 4])),
+        offset=(draw(st.sampled_from([0, 0, 36])),),
+        traced=draw(st.booleans()),
+        segments=draw(st.none() | st.tuples(*(st.tuples(one, one) for one in ids))),
+        sinks=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 2.0])),
+        mod=draw(st.sampled_from([None, "alibi", "learned"])),
+        blocks=draw(st.sampled_from([None, (16, 32), (32, 16)])),
+    )
+
+
+@settings(max_examples=8)
+@given(case=drawn())
+@pytest.mark.parametrize("implementation", CHECKED)
+def test_what_hypothesis_makes_equals_the_definition(implementation, case):
+    with CHECKED[implementation].context():
+        equals_oracle(KERNEL, CHECKED[implementation].adapted(case), implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=150)
+@given(case=drawn())
+@pytest.mark.parametrize("implementation", CHECKED)
+def test_much_of_what_hypothesis_makes_equals_the_definition(implementation, case):
+    with CHECKED[implementation].context():
+        equals_oracle(KERNEL, CHECKED[implementation].adapted(case), implementation)

@@ -1,0 +1,154 @@
+"""Attention under vmap, checkpoint, meshes and second derivatives; and step by step against a cache."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.attention import SelectedBlocks, block_mask, masks, sparse_attention
+from tests.pallas_kernels.attention.implementations import CHECKED, with_properties
+from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, results, same, same_results
+
+WINDOW = block_mask(masks.window(9, 0), 37, 37, 16, 16)
+
+
+def operands(batch=2, q_len=37, kv_len=37, heads=4, kv_heads=2, d=8):
+    generator = np.random.default_rng(1)
+    shapes = {"q": (batch, q_len, heads, d), "k": (batch, kv_len, kv_heads, d), "v": (batch, kv_len, kv_heads, d)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def context(implementation):
+    return CHECKED[implementation].context() if implementation in CHECKED else jax.default_device(None)
+
+
+def windowed(implementation, of, mask=WINDOW, **arguments):
+    return sparse_attention(of["q"], of["k"], of["v"], mask, implementation=implementation, return_lse=True, **arguments)
+
+
+@with_properties
+def test_vmap_over_everything_is_a_loop(implementation):
+    """Also over what is data: segments, offsets, selected blocks, sinks."""
+    generator = np.random.default_rng(2)
+    of = operands(batch=6)
+    of = {name: x.reshape(3, 2, *x.shape[1:]) for name, x in of.items()}
+    of["sinks"] = generator.standard_normal((3, 4)).astype(np.float32)
+    segments = np.sort(generator.integers(0, 3, (3, 2, 37)), axis=-1)
+    offsets, picked = np.array([0, 3, 9], np.int32), generator.integers(-1, 3, (3, 1, 2, 3, 2)).astype(np.int32)
+
+    def packed(of, segments, offset):
+        return windowed(implementation, of, sinks=of["sinks"], segment_ids=segments, q_offset=offset)
+
+    def chosen(of, index):
+        return windowed(implementation, of, SelectedBlocks(index, 16, 16, masks.causal()), sinks=of["sinks"])
+
+    with context(implementation):
+        for one, data in ((packed, (segments, offsets)), (chosen, (picked,))):
+            got = results(lambda of: jax.vmap(one)(of, *data), of)  # noqa: B023 - called at once
+
+            def looped(of):
+                parts = [one(jax.tree.map(lambda x: x[i], of), *(x[i] for x in data)) for i in range(3)]  # noqa: B023
+                return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+            same_results(got, results(looped, of))
+
+
+@with_properties
+def test_vmap_over_queries_alone(implementation):
+    of = operands()
+    queries = np.stack([of["q"], 2 * of["q"], -of["q"]])
+
+    def mapped(of):
+        return jax.vmap(lambda q: windowed(implementation, {**of, "q": q}))(of["q"])
+
+    def looped(of):
+        parts = [windowed(implementation, {**of, "q": of["q"][i]}) for i in range(3)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+    with context(implementation):
+        same_results(results(mapped, {**of, "q": queries}), results(looped, {**of, "q": queries}))
+
+
+@with_properties
+def test_checkpoint_changes_nothing(implementation):
+    call = functools.partial(windowed, implementation)
+    with context(implementation):
+        same_results(results(jax.checkpoint(call), operands()), results(call, operands()))
+
+
+@with_properties
+def test_shards_by_batch_and_heads_are_the_whole(implementation):
+    """In shard_map, which checks what varies over which axis; and where the compiler shards by itself."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    of = operands()
+    of["sinks"] = np.random.default_rng(3).standard_normal(4).astype(np.float32)
+    ids = np.sort(np.random.default_rng(3).integers(0, 3, (2, 37)), axis=-1).astype(np.int32)
+    specs = {**dict.fromkeys("qkv", P("data", None, "tensor")), "sinks": P("tensor")}
+
+    def call(of, ids=ids):
+        return windowed(implementation, of, sinks=of["sinks"], segment_ids=ids)
+
+    with context(implementation):
+        expected = results(call, of)
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", None, "tensor"))
+        same_results(results(lambda of: sharded(of, ids), of), expected)
+        placed = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in of.items()}
+        with jax.set_mesh(mesh):
+            same_results(results(call, placed), expected)
+
+
+@with_properties
+def test_second_derivatives_are_the_references(implementation):
+    """Reverse over reverse, for masks that are known: of a Hessian's product with a vector, through the log-sum-exp too."""
+    of = operands(batch=1, q_len=20, kv_len=20)
+    mask = block_mask(masks.causal(), 20, 20, 8, 8)
+
+    def slopes(implementation):
+        def loss(of):
+            out, lse = windowed(implementation, of, mask, softcap=3.0)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(lse**2)
+
+        return jax.grad(loss)
+
+    with context(implementation):
+        same_results(results(slopes(implementation), of), results(slopes("reference"), of), GRADIENTS, GRADIENTS)
+
+
+@with_properties
+def test_decoding_step_by_step_is_the_whole_pass(implementation):
+    """One query at a time against the cache, whose positions to come hold NaN; offsets are data of the step."""
+    of = operands()
+    mask = masks.window(9, 0) | (masks.causal() & masks.prefix(3))
+
+    def step(i):
+        unwritten = jnp.arange(37)[None, :, None, None] > i
+        k, v = (jnp.where(unwritten, jnp.nan, of[name]) for name in "kv")
+        now = {"q": jax.lax.dynamic_slice_in_dim(jnp.asarray(of["q"]), i, 1, axis=1), "k": k, "v": v}
+        return windowed(implementation, now, mask, q_offset=i)
+
+    with context(implementation):
+        whole = windowed(implementation, of, mask)
+        steps = jax.jit(lambda: jax.lax.map(step, jnp.arange(37)))()
+        stepped = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), steps)
+        same(stepped, whole, FORWARD)
+        late = windowed(implementation, {**of, "q": of["q"][:, 30:31]}, mask, q_offset=30)
+        same(late, jax.tree.map(lambda x: x[:, 30:31], whole), FORWARD)
+
+
+@with_properties
+def test_sequences_at_their_own_places_are_decoded_together(implementation):
+    """q_offset [batch]: each sequence's result is what it has alone, at its offset."""
+    of = operands(q_len=1)
+    offsets = np.array([5, 30], np.int32)
+    with context(implementation):
+        together = windowed(implementation, of, masks.window(9, 0), q_offset=offsets)
+        for b in range(2):
+            alone = windowed(
+                implementation, {name: x[b : b + 1] for name, x in of.items()}, masks.window(9, 0), q_offset=int(offsets[b])
+            )
+            same(jax.tree.map(lambda x: x[b : b + 1], together), alone, FORWARD)  # noqa: B023
