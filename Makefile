@@ -24,7 +24,7 @@ export JUPYTER_CONFIG_DIR := $(cache)/jupyter/config
 export JUPYTER_DATA_DIR := $(cache)/jupyter/data
 export JUPYTER_RUNTIME_DIR := $(cache)/jupyter/runtime
 
-.PHONY: help setup train test slow lint lock clean
+.PHONY: help setup train test slow lint aot lock clean
 
 help:
 	@echo "make train           train a language model on Python's own library, and compare it with gzip, bz2 and xz (4 minutes)"
@@ -32,8 +32,10 @@ help:
 	@echo "make test            run the test suite (under 10 minutes), with coverage"
 	@echo "make slow            run what is too slow for make test"
 	@echo "make lint            ruff and mypy"
+	@echo "make aot             compile every kernel for TPUs and GPUs that are not here (ARGS=--quick, or ARGS='--targets v6e,H100')"
 	@echo "make setup           only make .venv, which the targets above do by themselves"
 	@echo "make .venv-peers     an environment with torch beside ours, for benchmarks"
+	@echo "make .venv-tpu       one with the TPU compiler; make .venv-cuda: with the CUDA compilers (Linux on x86-64)"
 	@echo "make lock            resolve requirements/lock.txt anew (needs uv; ARGS=--upgrade for newer versions)"
 	@echo "make clean           remove the environments and what tools left behind; runs/ stays"
 
@@ -41,9 +43,9 @@ setup:
 	@scripts/setup
 
 # .venv-NAME: the lock and requirements/NAME.txt
-.PHONY: .venv-peers
-.venv-peers:
-	@scripts/setup peers
+.PHONY: .venv-peers .venv-tpu .venv-cuda
+.venv-peers .venv-tpu .venv-cuda:
+	@scripts/setup $(@:.venv-%=%)
 
 train: setup
 	$(python) -m research.train --config $(CONFIG) $(ARGS)
@@ -61,6 +63,10 @@ lint: setup
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+
+# The two halves are compiled in environments of their own, by processes that this one starts.
+aot: .venv-tpu .venv-cuda
+	@.venv-tpu/bin/python -m pallas_kernels.aot $(ARGS)
 
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: python -m pip install uv, or make lock UV=/path/to/uv" >&2; exit 1; }

@@ -1,8 +1,8 @@
 """The compile matrix: every case of every kernel, compiled for accelerators that this machine does not have.
 
-`make aot`, or `python -m pallas_kernels.aot --help`. The TPU half needs libtpu (.venv-tpu), the GPU half XLA's CUDA compiler and
-ptxas (.venv-cuda); neither needs the device. Each target is compiled for in a process of its own (worker.py), so that a compiler
-that crashes costs one row.
+`make aot`, or `python -m pallas_kernels.aot --help`. The TPU half needs libtpu (.venv-tpu), the GPU half XLA's CUDA compiler
+and ptxas (.venv-cuda); neither needs the device. Each target is compiled for in a process of its own (worker.py), so that a
+compiler that crashes costs one row.
 
     targets.py    the seven targets and their limits
     results.py    what is known of a compiled case, and the verdict

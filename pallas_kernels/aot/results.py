@@ -20,8 +20,10 @@ class Counts(NamedTuple):
     """A static count of the bundles of one TPU kernel, from the compiler's final schedule; bundles.py says how. No time."""
 
     total: int  # all bundles of the kernel
-    step: int  # a pass of the grid's loop that takes every branch, with what is before and after it left out
-    working: int  # such a pass without the parts that a branch may skip and that hold no matrix product
+    passes: int | None  # of the grid's loop: grid steps, and those that fill and drain the pipeline; None: not a constant
+    step: int  # a pass of the grid's loop, with every part that a branch may skip
+    working: int  # the same without those parts that hold no matrix product
+    one_path: int  # of parts beside each other that do, only the longest
     exact: bool  # False: an inner loop of unknown length is among them, its body counted once
     unit: str  # the busiest unit over `working`, such as "MXU" or "VALU"
     share: float  # of its slots that are used

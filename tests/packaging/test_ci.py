@@ -26,13 +26,19 @@ def ci(tmp_path: Path, failing: str = "") -> subprocess.CompletedProcess[str]:
 def test_every_stage_runs_in_order_and_is_timed(tmp_path):
     done = ci(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"made (\w+)", done.stdout) == ["test", "lint", "slow"]
-    assert re.findall(r"^(\w+) +\d+ s$", done.stdout, re.MULTILINE) == ["tests", "lint", "slow", "total"]
+    assert re.findall(r"made (\w+)", done.stdout) == ["test", "lint", "aot", "slow"]
+    assert re.findall(r"^(\w+) +\d+ s$", done.stdout, re.MULTILINE) == ["tests", "lint", "aot", "slow", "total"]
     assert "typed" not in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("failing", "before"), [("test", ["test"]), ("lint", ["test", "lint"]), ("slow", ["test", "lint", "slow"])]
+    ("failing", "before"),
+    [
+        ("test", ["test"]),
+        ("lint", ["test", "lint"]),
+        ("aot", ["test", "lint", "aot"]),
+        ("slow", ["test", "lint", "aot", "slow"]),
+    ],
 )
 def test_a_stage_that_fails_fails_the_whole_at_once(tmp_path, failing, before):
     done = ci(tmp_path, failing)
