@@ -35,7 +35,9 @@ WHEN = r"(?:\(!?%\w+\), )?"  # an instruction's own predicate
 EXIT = re.compile(rf"(%\w+) = scmp\.ge\.s32\.totalorder {WHEN}(%\w+), (\d+) /\* loop exit test \*/")
 ADD = re.compile(rf"(%\w+) = sadd\.s32 {WHEN}(\d+), (%\w+)")
 PHI = re.compile(r"(%\w+) = sphi (%\w+), ")
-MOVE = re.compile(rf"(%\w+) = smov {WHEN}(\d+)\b")
+MOVE = re.compile(rf"(%\w+) = smov {WHEN}(%?\w+)")
+STORE = re.compile(r" = sst \[smem:\[(#\w+_spill)\]\] (%\w+)")
+LOAD = re.compile(r"(%\w+) = sld \[smem:\[(#\w+_spill)\]\]")
 MATRIX, SPILL = "MXU", "VSTORE:SPILL"
 
 
@@ -113,13 +115,27 @@ def lengths(text: str) -> dict[str, int]:
     """By the predicate with which a loop is left, the passes of those loops whose start, step and end are constants."""
     adds = {found[1]: (int(found[2]), found[3]) for found in ADD.finditer(text)}
     phis = {found[1]: found[2] for found in PHI.finditer(text)}
-    constants = {found[1]: int(found[2]) for found in MOVE.finditer(text)}
+    same = {found[1]: found[2] for found in MOVE.finditer(text)}  # a name -> what it is a copy of: a name or a number
+    stored: dict[str, set[str]] = {}
+    for slot, name in STORE.findall(text):
+        stored.setdefault(slot, set()).add(name)
+    for name, slot in LOAD.findall(text):
+        if len(stored.get(slot, ())) == 1:  # otherwise the slot is used for several values
+            same[name] = next(iter(stored[slot]))
+
+    def source(name: str) -> str:
+        seen: set[str] = set()
+        while name in same and name not in seen:
+            seen.add(name)
+            name = same[name]
+        return name
+
     found = {}
     for predicate, counter, end in (match.groups() for match in EXIT.finditer(text)):
-        step, before = adds.get(counter, (0, ""))
-        start = constants.get(phis.get(before, ""))
-        if step and start is not None:
-            found[predicate] = -(-(int(end) - start) // step)
+        step, before = adds.get(source(counter), (0, ""))
+        start = source(phis.get(source(before), ""))
+        if step and start.isdecimal():
+            found[predicate] = -(-(int(end) - int(start)) // step)
     return found
 
 

@@ -2,7 +2,7 @@
 
 Both ways of Pallas end in PTX: Triton's in XLA's own dump, Mosaic GPU's, which is compiled inside of XLA's custom call, where
 MOSAIC_GPU_DUMP_TO points. Registers and spills are those that ptxas -v gives for that PTX. Shared memory is what a block asks
-for at its launch (Triton: XLA's sequence of thunks; Mosaic GPU: the size in its first IR) and the static part that ptxas names.
+for at its launch: with Triton by XLA's sequence of thunks, and the static part that ptxas names; with Mosaic GPU by its first IR.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Compiler:
         for path in sorted(self.folders[1].glob("*.ptx")):
             log = path.with_suffix(".mlir-passes.log")
             for name, assembled in ptx.assemble(self.ptxas, path).items():
-                found.append(call(name.removesuffix("_mosaic_gpu_kernel"), dynamic(log.read_text()), assembled))
+                # What ptxas calls static is one byte that stands for the dynamic part.
+                shared = dynamic(log.read_text())
+                found.append(call(name.removesuffix("_mosaic_gpu_kernel"), shared, assembled._replace(shared=0)))
         return found
 
 

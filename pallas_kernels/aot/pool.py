@@ -19,6 +19,7 @@ from pallas_kernels.aot.targets import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = {"tpu": tpu, "gpu": cuda}
+STARTING = 120  # seconds in which a compiler must be loaded
 VENVS = {"tpu": ".venv-tpu", "gpu": ".venv-cuda"}
 
 
@@ -48,6 +49,8 @@ class Worker:
             raise WorkerError(self.never_ready)
         self.folder = tempfile.TemporaryDirectory(prefix="aot-")
         folder = Path(self.folder.name)
+        if " " in str(folder):
+            raise WorkerError(f"the compilers' options cannot name a folder with a space, such as {folder}: set TMPDIR")
         (folder / "dump").mkdir()
         self.log = folder / "log"
         environment = {
@@ -66,7 +69,7 @@ class Worker:
                 text=True,
             )
         try:
-            self.versions = self.read()["ready"]
+            self.versions = self.read(STARTING)["ready"]
         except WorkerError as error:
             self.never_ready = f"the compiler does not start: {error}"
             raise WorkerError(self.never_ready) from None
@@ -80,16 +83,16 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended; reading tells how
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
-        result = self.read()["result"]
+        result = self.read(self.timeout)["result"]
         if result["verdict"] == results.FAILED:
             result["reason"] = explained(result["reason"], self.log.read_bytes()[logged:].decode(errors="replace"))
         return result
 
-    def read(self) -> dict[str, Any]:
+    def read(self, timeout: float) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], self.timeout)[0]:
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
             self.end()
-            raise WorkerError(f"no answer in {self.timeout:.0f} s")
+            raise WorkerError(f"no answer in {timeout:.0f} s")
         line = self.process.stdout.readline()
         if line.endswith("\n"):
             return json.loads(line)

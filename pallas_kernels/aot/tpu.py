@@ -32,7 +32,6 @@ def environment(dump: Path) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask what machine this is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_LOAD_LIBRARY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for a chip, and there is none to be shared
         "LIBTPU_INIT_ARGS": " ".join(flags),
     }
