@@ -20,7 +20,7 @@ class Data:
     """A constant array inside a mask, compared and hashed by its content."""
 
     def __init__(self, values: Any):
-        self.values = np.ascontiguousarray(values)
+        self.values = np.array(values, order="C")  # its own, which nobody else can write to
         self.values.setflags(write=False)
         digest = hashlib.sha256(self.values.tobytes()).digest()
         self.key = (digest, self.values.shape, self.values.dtype.str)
@@ -142,7 +142,7 @@ class Not(Mask):
     batch = property(lambda self: self.mask.batch)  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
-        return ~self.mask(batch, head, q_index, kv_index)
+        return inverse(self.mask(batch, head, q_index, kv_index))
 
     def bounds(self, *rectangle):
         some, every = self.mask.bounds(*rectangle)
@@ -150,6 +150,11 @@ class Not(Mask):
 
     def __repr__(self) -> str:
         return f"~{self.mask!r}"
+
+
+def inverse(seen: Any) -> Any:
+    """~seen, also where single Python ints were asked about, whose answer is a bool of Python."""
+    return not seen if isinstance(seen, bool) else ~seen
 
 
 def never(*indices: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Var
 
-from pallas_kernels.attention.algebra import ANY, Data, Mask, at, never, traced
+from pallas_kernels.attention.algebra import ANY, Data, Mask, at, inverse, never, traced
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -21,7 +21,7 @@ class Everything(Mask):
     """Every query sees every key."""
 
     def __call__(self, batch, head, q_index, kv_index):
-        return ~never(q_index, kv_index)
+        return inverse(never(q_index, kv_index))
 
     def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
         yes = ~never(q_first, kv_first)
@@ -39,7 +39,7 @@ class Window(Mask):
     right: int | None
 
     def __call__(self, batch, head, q_index, kv_index):
-        seen = ~never(q_index, kv_index) if self.left is None and self.right is None else True
+        seen = inverse(never(q_index, kv_index)) if self.left is None and self.right is None else True
         if self.left is not None:
             seen = seen & (kv_index >= q_index - self.left)
         if self.right is not None:

@@ -129,7 +129,7 @@ MADE = {
     "full": masks.full, "causal": masks.causal, "window": masks.window, "block_window": masks.block_window,
     "prefix": masks.prefix, "document": masks.document, "strided": masks.strided, "dilated": masks.dilated,
     "global": masks.global_tokens, "random": masks.random_blocks, "bigbird": masks.bigbird, "function": function,
-    "blocks": lambda tables, size: masks.Blocks(masks.Data(np.array(tables)), size),
+    "blocks": lambda tables, size: masks.Blocks(masks.Data(tables[0] if len(tables) == 1 else tables), size),
     "and": lambda *parts: functools.reduce(lambda x, y: x & y, map(made, parts)),
     "or": lambda *parts: functools.reduce(lambda x, y: x | y, map(made, parts)),
     "not": lambda part: ~made(part),

@@ -57,18 +57,18 @@ def _id(ids: Sequence[Any], b: int, position: int) -> int:
 
 def table(spec: Spec, batch: int, heads: int, q_len: int, kv_len: int, offset: Sequence[int] = (0,)) -> np.ndarray:
     """bool [batch, heads, q_len, kv_len]. offset: of the queries, by sequence or one for all."""
-    alike = len(offset) == 1 and not TOLD_APART & set(_kinds(spec))
+    alike = len(offset) == 1 and not TOLD_APART & set(kinds(spec))
     seen = np.zeros((1, 1, q_len, kv_len) if alike else (batch, heads, q_len, kv_len), bool)
     for b, h, q, kv in itertools.product(*map(range, seen.shape)):
         seen[b, h, q, kv] = sees(spec, b, h, q + offset[b % len(offset)], kv)
     return np.broadcast_to(seen, (batch, heads, q_len, kv_len)).copy()
 
 
-def _kinds(spec: Any) -> Iterator[str]:
+def kinds(spec: Any) -> Iterator[str]:
     if isinstance(spec, list) and spec and isinstance(spec[0], str):
         yield spec[0]
         for part in spec[1:]:
-            yield from _kinds(part)
+            yield from kinds(part)
 
 
 def attention(

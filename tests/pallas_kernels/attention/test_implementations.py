@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.pallas_kernels.attention import cases
-from tests.pallas_kernels.attention.cases import AND, CASES, CAUSAL, KERNEL, NOT, OR, Case
+from tests.pallas_kernels.attention.cases import CASES, CAUSAL, KERNEL, Case
 from tests.pallas_kernels.attention.implementations import ALL, CHECKED
+from tests.pallas_kernels.attention.strategies import calls
 from tests.pallas_kernels.kernel_base import equals_oracle, equals_reference, identical, results, rounds_as_plain, same_results
 
 ON_CASES = [(name, case) for name, checked in CHECKED.items() for case in checked.cases]
@@ -123,57 +123,9 @@ def test_who_sees_nothing_gets_nothing_and_gives_nothing(implementation):
 
 # Cases that hypothesis makes.
 
-LEAVES = st.one_of(
-    st.just(CAUSAL),
-    st.just(["full"]),
-    st.tuples(st.just("window"), st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)).map(list),
-    st.tuples(st.just("prefix"), st.integers(0, 50)).map(list),
-    st.tuples(st.just("strided"), st.integers(1, 9)).map(list),
-    st.tuples(st.just("block_window"), st.integers(1, 20), st.integers(0, 2), st.integers(0, 2)).map(list),
-    st.tuples(st.just("dilated"), st.integers(0, 4), st.integers(0, 4), st.integers(1, 6)).map(list),
-    st.lists(st.integers(0, 60), min_size=1, max_size=20).map(lambda which: ["global", which]),
-    st.lists(st.integers(0, 3), min_size=40, max_size=40).map(lambda ids: ["document", ids]),
-    st.lists(st.integers(0, 3), min_size=40, max_size=40).map(lambda ids: ["document", sorted(ids)]),
-    st.tuples(st.just("function"), st.integers(0, 5), st.integers(0, 7)).map(list),
-    st.integers(0, 99).map(lambda key: ["random", key, 8, 2, 67, 4]),
-)
-SPECS = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.tuples(st.sampled_from([AND, OR]), inner, inner).map(list),
-        inner.map(lambda spec: [NOT, spec]),
-    ),
-    max_leaves=4,
-)
-BY_HEAD = st.lists(LEAVES.filter(lambda spec: spec[0] not in ("function", "random")), min_size=4, max_size=4).map(
-    lambda specs: ["heads", *specs]
-)
-
-
-@st.composite
-def drawn(draw):
-    q_len, kv_len = draw(st.sampled_from([(67, 67), (31, 67), (67, 31), (1, 67), (17, 5)]))
-    ids = [
-        st.lists(st.integers(0, 2), min_size=n, max_size=n).map(lambda x: draw(st.booleans()) and sorted(x) or x)
-        for n in (q_len, kv_len)
-    ]
-    return Case(
-        draw(SPECS | BY_HEAD),
-        q_len,
-        kv_len,
-        kv_heads=draw(st.sampled_from([1, 2, 4])),
-        offset=(draw(st.sampled_from([0, 0, 36])),),
-        traced=draw(st.booleans()),
-        segments=draw(st.none() | st.tuples(*(st.tuples(one, one) for one in ids))),
-        sinks=draw(st.booleans()),
-        softcap=draw(st.sampled_from([None, 2.0])),
-        mod=draw(st.sampled_from([None, "alibi", "learned"])),
-        blocks=draw(st.sampled_from([None, (16, 32), (32, 16)])),
-    )
-
 
 @settings(max_examples=8)
-@given(case=drawn())
+@given(case=calls())
 @pytest.mark.parametrize("implementation", CHECKED)
 def test_what_hypothesis_makes_equals_the_definition(implementation, case):
     with CHECKED[implementation].context():
@@ -183,7 +135,7 @@ def test_what_hypothesis_makes_equals_the_definition(implementation, case):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @settings(max_examples=150)
-@given(case=drawn())
+@given(case=calls())
 @pytest.mark.parametrize("implementation", CHECKED)
 def test_much_of_what_hypothesis_makes_equals_the_definition(implementation, case):
     with CHECKED[implementation].context():
