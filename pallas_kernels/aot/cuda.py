@@ -2,7 +2,7 @@
 
 Both ways of Pallas end in PTX: Triton's in XLA's own dump, Mosaic GPU's, which is compiled inside of XLA's custom call, where
 MOSAIC_GPU_DUMP_TO points. Registers and spills are those that ptxas -v gives for that PTX. Shared memory is what a block asks
-for at its launch: with Triton by XLA's sequence of thunks, and the static part that ptxas names; with Mosaic GPU by its first IR.
+for at its launch: with Triton by XLA's sequence of thunks, and the static part that ptxas names; with Mosaic GPU by its IR.
 """
 
 from __future__ import annotations
