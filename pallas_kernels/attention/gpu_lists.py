@@ -1,8 +1,8 @@
 """Block lists as a GPU's programs read them: each program finds the blocks of its row (or column) by two numbers.
 
-On a TPU one grid goes through a whole list in order. On a GPU programs run at once, so each takes one row of blocks of queries (or
-column of blocks of keys) and goes through that row's entries alone: the compressed rows of a sparse matrix. Within a row FULL blocks
-stand before PARTIAL ones, so that there are two plain loops and no branch inside of either.
+On a TPU one grid goes through a whole list in order. On a GPU programs run at once, so each takes one row of blocks of queries
+(or column of blocks of keys) and goes through that row's entries alone: the compressed rows of a sparse matrix. Within a row FULL
+blocks stand before PARTIAL ones, so that there are two plain loops and no branch inside of either.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Block-sparse attention for any GPU that Triton compiles for: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block lists.
 
-Forward: a program for each tile of queries goes through the FULL, then the PARTIAL blocks of its row, with the running maximum and
-sum of exponentials of the online softmax. Backward: the scores are computed again, once by key blocks (dk, dv; all query heads of a
-group one after the other, so that nothing is added atomically and every call gives the same bits), once by query blocks (dq).
+Forward: a program for each tile of queries goes through the FULL, then the PARTIAL blocks of its row, with the running maximum
+and sum of exponentials of the online softmax. Backward: scores are computed again, once by key blocks (dk and dv; the query heads
+of a group one after the other, so that nothing is added atomically and every call gives the same bits), once by query blocks (dq).
 
-A block of the lists is cut into the tiles that fit the registers, so lists may be coarser than tiles. Exponentials are powers of 2.
+A block of the lists is cut into tiles that fit the registers, so lists may be coarser than tiles. Exponentials are powers of 2.
 
-Keys that are not finite: in a FULL block all queries see them, so that it is enough that what they make stays not finite (an infinite
-score becomes NaN, what is accumulated is looked at in the end). Only PARTIAL blocks pay for setting unseen keys apart.
+Keys that are not finite: all queries of a FULL block see them, so that it is enough that what they make stays not finite: an
+infinite score becomes NaN, and what was accumulated is looked at in the end. PARTIAL blocks alone pay for unseen keys.
 """
 
 from __future__ import annotations
@@ -23,45 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention import gpu_call
 from pallas_kernels.attention.blocks import Blocks, block_sizes
-from pallas_kernels.attention.gpu_lists import Blocked, Visits, blocked, visits
-from pallas_kernels.attention.lists import Sizes
+from pallas_kernels.attention.gpu_call import LEAST, Data, Lists, Spec, like, own_blocks, power_of_two
+from pallas_kernels.attention.gpu_lists import Visits
 
 LOG2E = math.log2(math.e)
-LEAST = 16  # rows and columns of a tile, which tensor cores ask for
-
-
-class Spec(NamedTuple):
-    """What a kernel is specialised to."""
-
-    mask: Mask | None  # None: bitmaps
-    q_len: int
-    kv_len: int
-    q_offset: int | None  # None: data
-    forward: Blocks  # of the lists
-    backward: Blocks
-    score_mod: Callable[..., jax.Array] | None
-    softcap: float | None
-    scale: float
-    interpret: bool
-
-
-class Lists(NamedTuple):
-    """What the kernels of one pass go by."""
-
-    rows: Visits
-    columns: Visits | None  # of the backward pass
-    patterns: Any
-
-
-class Data(NamedTuple):
-    """What is not differentiated."""
-
-    forward: Lists
-    backward: Lists
-    q_offset: Any  # int32 [1 or batch], or None
-    segments: Any  # int32 ([batch, q_len], [batch, kv_len]), padded to whole blocks; or None
 
 
 class Tuning(NamedTuple):
@@ -74,8 +41,8 @@ class Tuning(NamedTuple):
 
 
 def tuning(kernel: Literal["forward", "dkv", "dq"], blocks: Blocks, width: int) -> Tuning:
-    """Chosen so that ptxas reports no spills and the shared memory of an A100 is enough. width: bytes of the wider of a key and a
-    value, to the next power of two."""
+    """Chosen so that ptxas reports no spills and an A100's shared memory is enough. width: bytes of the wider of a key and a value,
+    to the next power of two."""
     q, kv, warps, stages = next(row for most, row in TUNING[kernel] if width <= most)
     return Tuning(_tile("q", blocks.q, q), _tile("kv", blocks.kv, kv), warps, stages)
 
@@ -97,91 +64,22 @@ def _tile(name: str, block: int, most: int) -> int:
 
 def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, scale, interpret=False):
     """As `reference.attend`."""
-    b, t, h, d = q.shape
-    s = k.shape[1]
+    blocks = check(q, v, mask)
+    return gpu_call.attend(
+        (forward, backward), blocks, q, k, v, mask, q_offset=q_offset, score_mod=score_mod, segment_ids=segment_ids, sinks=sinks,
+        softcap=softcap, scale=scale, interpret=interpret,
+    )  # fmt: skip
+
+
+def check(q: jax.Array, v: jax.Array, mask: Any) -> tuple[Blocks, Blocks]:
+    """The blocks of the lists of both passes. Raises NotImplementedError where the kernels cannot be had."""
     if q.dtype == jnp.float64:
         raise NotImplementedError("q: float64")
-    if score_mod is not None:
-        without_arrays(score_mod)
-    width = max(d, v.shape[3]) * q.dtype.itemsize
-    forward, backward = own_blocks(mask) or block_sizes("gpu", "*", t, width // 2)
-    for kernel, blocks in (("forward", forward), ("dkv", backward), ("dq", backward)):
-        tuning(kernel, blocks, _power_of_two(width))
-    q_p, k_p, v_p = _padded(q, forward, backward, 0), _padded(k, forward, backward, 1), _padded(v, forward, backward, 1)
-    lists, kept = {}, {}
-    for blocks in dict.fromkeys((forward, backward)):
-        sizes = Sizes(t, s, *blocks)
-        kept[blocks] = blocked(mask, sizes, b, h, q_offset, segment_ids)
-        lists[blocks] = _lists(kept[blocks], sizes)
-    segments = None
-    if segment_ids is not None:
-        segments = tuple(_padded(ids, forward, backward, i) for i, ids in enumerate((segment_ids.q, segment_ids.kv)))
-    static = isinstance(q_offset, int)
-    offset = None if static else jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1,))
-    data = Data(lists[forward], lists[backward], offset, segments)
-    asked = kept[forward].mask
-    spec = Spec(asked, t, s, q_offset if static else None, forward, backward, score_mod, softcap, scale, interpret)
-    sinks = None if sinks is None else sinks.astype(jnp.float32)
-    out, lse = _attention(spec, q_p, k_p, v_p, sinks, data)
-    return out[:, :t, :, : v.shape[3]], lse[:, :, :t].swapaxes(1, 2)
-
-
-def own_blocks(mask: Any) -> tuple[Blocks, Blocks] | None:
-    """The blocks that a BlockMask or SelectedBlocks brings, for both passes."""
-    if isinstance(mask, Mask):
-        return None
-    sizes = getattr(mask, "sizes", mask)
-    return (Blocks(sizes.q_block, sizes.kv_block),) * 2
-
-
-def without_arrays(score_mod: Callable[..., jax.Array]) -> None:
-    """Raises NotImplementedError for a score_mod that closes over arrays: a kernel has them only as arguments."""
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), jnp.float32), index, index, index, index)
-    if program.consts:
-        raise NotImplementedError("score_mod: it closes over arrays")
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _padded(x: jax.Array, forward: Blocks, backward: Blocks, side: int) -> jax.Array:
-    """[batch, length, ...] to whole blocks of both passes, heads to a power of two; no copy where it is so already."""
-    whole = math.lcm(forward[side], backward[side])
-    short = [(0, 0), (0, -x.shape[1] % whole)]
-    if x.ndim == 4:
-        short += [(0, 0), (0, max(_power_of_two(x.shape[3]), LEAST) - x.shape[3])]
-    return jnp.pad(x, short) if any(most for _, most in short) else x
-
-
-def _lists(kept: Blocked, sizes: Sizes) -> Lists:
-    rows = visits(kept.lists, kept.which, "row", sizes.rows)
-    return Lists(rows, visits(kept.lists, kept.which, "column", sizes.columns), kept.patterns)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec: Spec, q, k, v, sinks, data: Data):
-    return _forward(spec, q, k, v, sinks, data)
-
-
-def _attention_forward(spec: Spec, q, k, v, sinks, data: Data):
-    out, lse = _forward(spec, q, k, v, sinks, data)
-    return (out, lse), (q, k, v, sinks, data, out, lse)
-
-
-def _attention_backward(spec: Spec, kept, cotangents):
-    q, k, v, sinks, data, out, lse = kept
-    dq, dk, dv, dsinks = backward(spec, q, k, v, sinks, data, out, lse, *cotangents)
-    return dq, dk, dv, dsinks, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Of an output that varies over the mesh axes that x varies over (under `shard_map`)."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+    width = max(q.shape[3], v.shape[3]) * q.dtype.itemsize
+    blocks = own_blocks(mask) or block_sizes("gpu", "*", q.shape[1], width // 2)
+    for kernel, each in (("forward", blocks[0]), ("dkv", blocks[1]), ("dq", blocks[1])):
+        tuning(kernel, each, power_of_two(width))
+    return blocks
 
 
 # ---- what all three kernels do to scores
@@ -200,7 +98,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _cleaned(x: jax.Array) -> jax.Array:
-    return jnp.where(_finite(x), x, jnp.zeros_like(x))
+    return jnp.where(_finite(x), x, jnp.zeroslike(x))
 
 
 def _bent(spec: Spec, b, h, q_index, kv_index) -> Callable[[jax.Array], jax.Array] | None:
@@ -242,8 +140,8 @@ class _Reader:
         return q_index + self.offset[b if self.offset.shape[0] > 1 else 0]
 
     def seen(self, b: Any, h: Any, entry: Any, q_first: Any, kv_first: Any, q_position: Any, kv_index: Any) -> jax.Array:
-        """bool: which pairs of a tile of a PARTIAL block are seen. [q, kv] if q_position is [q, 1] and kv_index [1, kv]; [kv, q]
-        if they are [1, q] and [kv, 1]."""
+        """bool: which pairs of a tile of a PARTIAL block are seen. [q, kv] if q_position is [q, 1] and kv_index [1, kv];
+        [kv, q] if they are [1, q] and [kv, 1]."""
         turned, tiles = q_position.shape[0] == 1, self.tiles
         if self.patterns is None:
             assert self.spec.mask is not None
@@ -327,7 +225,7 @@ def _forward_kernel(spec: Spec, tiles: Tuning, groups: int, q_ref, k_ref, v_ref,
     top = jnp.full((tiles.q,), -jnp.inf, jnp.float32)
     total = jnp.zeros((tiles.q,), jnp.float32)
     if sinks_ref is not None:
-        top = jnp.zeros_like(top) + sinks_ref[h] * LOG2E
+        top = jnp.zeroslike(top) + sinks_ref[h] * LOG2E
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
     carry = (jnp.zeros((tiles.q, d_v), jnp.float32), top, total)
     first, partials, end = read.ends(b, h, row)
@@ -340,15 +238,15 @@ def _forward_kernel(spec: Spec, tiles: Tuning, groups: int, q_ref, k_ref, v_ref,
     lse_ref[b, h, pl.ds(q_first, tiles.q)] = jnp.where(none, -jnp.inf, top / LOG2E + jnp.log(jnp.where(none, 1.0, total)))
 
 
-def _forward(spec: Spec, q, k, v, sinks, data: Data):
+def forward(spec: Spec, q, k, v, sinks, data: Data):
     b, t, h, _ = q.shape
     tiles = tuning("forward", spec.forward, max(q.shape[3], v.shape[3]) * q.dtype.itemsize)
     return pl.pallas_call(
         functools.partial(_forward_kernel, spec, tiles, h // k.shape[2]),
         grid=(-(-spec.q_len // spec.forward.q) * (spec.forward.q // tiles.q), h, b),
-        out_shape=(_like(q, (b, t, h, v.shape[3]), q.dtype), _like(q, (b, h, t), jnp.float32)),
+        out_shape=(like(q, (b, t, h, v.shape[3]), q.dtype), like(q, (b, h, t), jnp.float32)),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=spec.interpret,
+        interpret=bool(spec.interpret),
         name="sparse_attention_forward",
     )(q, k, v, sinks, _arrays(data.forward._replace(columns=None)), data.q_offset, data.segments)
 
@@ -456,8 +354,8 @@ def backward(spec: Spec, q, k, v, sinks, data: Data, out, lse, d_out, d_lse):
     b, t, h, _ = q.shape
     kv_heads = k.shape[2]
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
-    # Queries that see nothing, and those beyond the last (of which nothing may have been written), get weights of 0 by an infinite
-    # log-sum-exp.
+    # Queries that see nothing, and those beyond the last (of which nothing may have been written), get weights of 0 by an
+    # infinite log-sum-exp.
     nothing = (lse == -jnp.inf) | (jnp.arange(t) >= spec.q_len)
     delta, lse2 = jnp.where(nothing, 0, delta), jnp.where(nothing, jnp.inf, lse * LOG2E)
     width = max(q.shape[3], v.shape[3]) * q.dtype.itemsize
@@ -467,18 +365,18 @@ def backward(spec: Spec, q, k, v, sinks, data: Data, out, lse, d_out, d_lse):
     dk, dv = pl.pallas_call(
         functools.partial(_dkv_kernel, spec, tiles, h // kv_heads),
         grid=(-(-spec.kv_len // spec.backward.kv) * (spec.backward.kv // tiles.kv), kv_heads, b),
-        out_shape=(_like(q, k.shape, k.dtype), _like(q, v.shape, v.dtype)),
+        out_shape=(like(q, k.shape, k.dtype), like(q, v.shape, v.dtype)),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=spec.interpret,
+        interpret=bool(spec.interpret),
         name="sparse_attention_dkv",
     )(*arguments, lists._replace(rows=None), data.q_offset, data.segments)
     tiles = tuning("dq", spec.backward, width)
     dq = pl.pallas_call(
         functools.partial(_dq_kernel, spec, tiles, h // kv_heads),
         grid=(-(-spec.q_len // spec.backward.q) * (spec.backward.q // tiles.q), h, b),
-        out_shape=_like(q, q.shape, q.dtype),
+        out_shape=like(q, q.shape, q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=spec.interpret,
+        interpret=bool(spec.interpret),
         name="sparse_attention_dq",
     )(*arguments, lists._replace(columns=None), data.q_offset, data.segments)
     if sinks is None:
