@@ -52,16 +52,20 @@ def cotangents(values: Any, seed: int = 0) -> Any:
     return tree.unflatten(drawn)
 
 
+def compiled(function: Callable[..., Any], quick: bool = True) -> Callable[..., Any]:
+    """jax.jit. quick: without LLVM's optimizations, which take half of the time of a small case; what XLA itself does is the
+    same."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else {})
+
+
 def results(function: Callable[[Any], Any], arrays: Any, quick: bool = True) -> Results:
-    """Values, and gradients under `cotangents`, of the compiled function. quick: without LLVM's optimizations, which take half
-    of the time of a small case; what XLA itself does is the same."""
+    """Values, and gradients under `cotangents`, of the compiled function."""
 
     def both(arrays):
         values, pull = jax.vjp(function, arrays)
         return Results(values, pull(cotangents(values))[0])
 
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if quick else {}
-    return jax.jit(both, compiler_options=options)(jax.tree.map(jnp.asarray, arrays))
+    return compiled(both, quick)(jax.tree.map(jnp.asarray, arrays))
 
 
 def same_results(got: Results, expected: Results, forward: float = FORWARD, gradients: float = GRADIENTS) -> None:
