@@ -1,5 +1,122 @@
-"""To be written."""
+"""Attention by blocks in plain JAX: what runs on CPU, and anywhere else where there is no kernel.
+
+Time and memory are linear in the number of non-empty blocks; going backward, scores are computed again. Lists that the mask alone
+decides and that all heads share are laid out before anything runs (`xla_plan`), and may be differentiated any number of times;
+other lists are looped over as they come (`xla_loops`), and may be differentiated once. Reverse mode only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import xla_loops, xla_shared
+from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
+from pallas_kernels.attention.blocks import xla_block_sizes
+from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.xla_tiles import Rule
 
 
-def attend(q, k, v, mask, **arguments):
-    raise NotImplementedError("everything")
+class Call(NamedTuple):
+    """What is known of a call before it runs."""
+
+    rule: Rule
+    listed: Mask | BlockMask | None  # what lists are made from; None if from SelectedBlocks
+    forward: Sizes
+    backward: Sizes
+    q_offset: int | None  # None: it is data
+    on_a_mesh: bool  # then nothing may loop over sequences, which a mesh may split
+
+    @property
+    def shared(self) -> bool:
+        """Whether one known list serves all sequences and heads."""
+        mask = self.rule.mask
+        return self.q_offset is not None and self.listed is not None and not mask.heads and not mask.batch
+
+
+class Data(NamedTuple):
+    """What is data, and has no gradient. Offsets: int32 [] or [batch]."""
+
+    index: Any  # of SelectedBlocks, or None
+    q_offset: Any
+    segments: Segments | None
+    others: list[Any]  # what score_mod closes over and has no gradient
+
+
+def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, scale):
+    """As `reference.attend`."""
+    t, s = q.shape[1], k.shape[1]
+    selected = mask if isinstance(mask, SelectedBlocks) else None
+    inner = mask if isinstance(mask, Mask) else mask.mask
+    if selected is not None:
+        forward = backward = Sizes(t, s, selected.q_block, selected.kv_block)
+    elif isinstance(mask, BlockMask):
+        forward = backward = mask.sizes
+    else:
+        forward, backward = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
+    score_mod, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
+    static = q_offset if isinstance(q_offset, int) else None
+    call = Call(
+        Rule(inner, scale, softcap, score_mod, inexact),
+        None if selected is not None else mask,
+        forward,
+        backward,
+        static,
+        not jax.sharding.get_abstract_mesh().empty,
+    )
+    data = Data(None if selected is None else selected.index, jnp.asarray(q_offset, jnp.int32), segment_ids, others)
+    return _jitted(call, q, k, v, sinks, floats, data)
+
+
+def _hoisted(score_mod: Any, dtype: Any) -> tuple[Any, tuple[bool, ...], list[Any], list[Any]]:
+    """The function of single scores as a program without the arrays that it closes over; which of those have gradients; these;
+    the others."""
+    if score_mod is None:
+        return None, (), [], []
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    program = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), dtype), index, index, index, index)
+    if [(aval.shape, aval.dtype) for aval in program.out_avals] != [((), dtype)]:
+        got = ", ".join(str(aval) for aval in program.out_avals)
+        raise ValueError(f"score_mod's result for a single score: got {got}, wanted {dtype.name}[]")
+    consts = [jnp.asarray(const) for const in program.consts]
+    inexact = tuple(jnp.issubdtype(const.dtype, jnp.inexact) for const in consts)
+    floats, others = ([c for c, yes in zip(consts, inexact) if yes is which] for which in (True, False))
+    return program.jaxpr, inexact, floats, others
+
+
+def _run(call: Call, segments: Segments | None) -> Any:
+    return xla_shared if call.shared and segments is None else xla_loops
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: Call, q, k, v, sinks, floats, data: Data):
+    return _forward(call, q, k, v, sinks, floats, data)[0]
+
+
+def _forward(call: Call, q, k, v, sinks, floats, data: Data):
+    # what is not finite shows in the score of who sees it, and nowhere else
+    bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
+    marked, clean = jnp.where(bad[..., None], jnp.nan, k), jnp.where(jnp.isfinite(v), v, 0)
+    out, lse = _run(call, data.segments).forward(call, q, marked, clean, sinks, floats, data)
+    return (out.astype(q.dtype), lse), (q, k, v, sinks, floats, data, out.astype(q.dtype), lse)
+
+
+def _backward(call: Call, saved, cotangents):
+    q, k, v, sinks, floats, data, out, lse = saved
+    d_out, d_lse = cotangents
+    delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
+    # who sees nothing has -inf, and no weights
+    lse = jnp.where(lse == -jnp.inf, 0, lse)
+    d_q, d_k, d_v, d_floats = _run(call, data.segments).backward(call, q, k, v, floats, data, lse, delta, d_out)
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -jnp.sum(jnp.exp(sinks.astype(lse.dtype) - lse) * delta, axis=(0, 1)).astype(sinks.dtype)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_floats, None
+
+
+_attend.defvjp(_forward, _backward)
+_jitted = jax.jit(_attend, static_argnums=0)

@@ -1,0 +1,111 @@
+"""What the two ways of going through lists share: sequences one after another, and how arrays are cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.xla_tiles import Sums, Where
+
+SLICED = 16  # blocks that are sliced one by one; more are gathered
+
+
+def padded(x_BxTx: jax.Array, length: int) -> jax.Array:
+    """Zeros to the end of the last block."""
+    short = length - x_BxTx.shape[1]
+    return jnp.pad(x_BxTx, [(0, 0), (0, short), *[(0, 0)] * (x_BxTx.ndim - 2)]) if short else x_BxTx
+
+
+def heads_first(x_TxHx: jax.Array, group: int) -> jax.Array:
+    """[length, heads, …] -> [heads / group, group, length, …]."""
+    t, h, *rest = x_TxHx.shape
+    return jnp.moveaxis(x_TxHx.reshape(t, h // group, group, *rest), 0, 2)
+
+
+def heads_last(x_NxGxTx: jax.Array) -> jax.Array:
+    n, group, t, *rest = x_NxGxTx.shape
+    return jnp.moveaxis(x_NxGxTx, 2, 0).reshape(t, n * group, *rest)
+
+
+def each(one: Callable[..., Any], arrays: Any, on_a_mesh: bool) -> Any:
+    """one(index, *arrays of one sequence), results stacked. One after another, which keeps what is computed together in cache; all
+    at once on a mesh, which may split them."""
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    if count == 1:
+        return jax.tree.map(lambda x: x[None], one(0, *jax.tree.map(lambda x: x[0], arrays)))
+    mapped = (jnp.arange(count), *arrays)
+    return jax.vmap(one)(*mapped) if on_a_mesh else jax.lax.map(lambda x: one(*x), mapped)
+
+
+def taken(x_NxLxD: jax.Array, index: Any, block: int, axis: int) -> jax.Array:
+    """Blocks of `axis`, one after another. index: ints [n], NumPy where they are known."""
+    index = np.asarray(index) if not isinstance(index, jax.Array) else index
+    known = isinstance(index, np.ndarray)
+    if known and (np.diff(index) == 1).all():
+        return jax.lax.slice_in_dim(x_NxLxD, int(index[0]) * block, (int(index[-1]) + 1) * block, axis=axis)
+    if len(index) <= SLICED:
+        parts = [jax.lax.dynamic_slice_in_dim(x_NxLxD, index[i] * block, block, axis=axis) for i in range(len(index))]
+        return jnp.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
+    shape = x_NxLxD.shape
+    cut = x_NxLxD.reshape(*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :])
+    got = jnp.take(cut, index, axis=axis)
+    return got.reshape(*shape[:axis], len(index) * block, *shape[axis + 1 :])
+
+
+def positions(index: Any, block: int) -> Any:
+    """int32 [n * block] of blocks [n]."""
+    xp = jnp if isinstance(index, jax.Array) else np
+    return (xp.asarray(index)[:, None] * block + np.arange(block)).reshape(-1).astype(np.int32)
+
+
+def spread(valid: Any, block: int) -> Any:
+    """bool [blocks] for every position of them, as the last axis of scores."""
+    return None if valid is None else jnp.repeat(jnp.asarray(valid), block).reshape(1, 1, 1, -1)
+
+
+def added(d_q_NxDxGxT: jax.Array, part_NxDxM: jax.Array, columns: Any, block: int) -> jax.Array:
+    """Adds what blocks of queries get, in place."""
+    n, d, group, _ = d_q_NxDxGxT.shape
+    part = part_NxDxM.reshape(n, d, group, -1)
+    runs = [(0, len(columns))] if isinstance(columns, np.ndarray) and (np.diff(columns) == 1).all() else None
+    for start, stop in runs or [(i, i + 1) for i in range(len(columns))]:
+        at, width = columns[start] * block, (stop - start) * block
+        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, width, axis=3)
+        new = old + part[..., start * block : stop * block]
+        d_q_NxDxGxT = jax.lax.dynamic_update_slice_in_dim(d_q_NxDxGxT, new, at, axis=3)
+    return d_q_NxDxGxT
+
+
+class Piece:
+    """One sequence: which it is, and its heads [N, G]."""
+
+    def __init__(self, batch: Any, head: Any, q_offset: Any, segments: Segments | None):
+        self.batch, self.head, self.q_offset, self.segments = batch, head, q_offset, segments
+
+    def where(self, q_index: Any, kv_index: Any, sizes: Sizes, turned: bool) -> Where:
+        """For scores [N, G, queries, keys]; turned: [N, keys, G, queries]."""
+        kv_len = sizes.kv_len if sizes.kv_len % sizes.kv_block else None
+
+        def shaped(queries: Any, keys: Any) -> tuple[Any, Any]:
+            if turned:
+                return queries.reshape(1, 1, 1, -1), keys.reshape(1, -1, 1, 1)
+            return queries.reshape(1, 1, -1, 1), keys.reshape(1, 1, 1, -1)
+
+        head = self.head[:, None, :, None] if turned else self.head[:, :, None, None]
+        segments = (None, None)
+        if self.segments is not None:
+            segments = shaped(*(jnp.take(ids, at, mode="clip") for ids, at in zip(self.segments, (q_index, kv_index))))
+        return Where(self.batch, head, *shaped(q_index + self.q_offset, kv_index), kv_len, *segments)
+
+    def start(self, sinks: jax.Array | None, queries: int, d_v: int, dtype: Any) -> Sums:
+        """Sums before any key: the sink's, or nothing."""
+        n, group = self.head.shape
+        top = jnp.full((n, group), -jnp.inf, dtype) if sinks is None else sinks[self.head].astype(dtype)
+        top = jnp.broadcast_to(top[:, :, None], (n, group, queries)).reshape(n, -1, 1)
+        total = jnp.zeros_like(top) if sinks is None else jnp.ones_like(top)
+        return Sums(top, total, jnp.zeros((n, group * queries, d_v), dtype))

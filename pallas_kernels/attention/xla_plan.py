@@ -1,0 +1,86 @@
+"""In which order the blocks of a shared, known list are gone through: rows of blocks that go alike are one loop."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.attention.lists import EMPTY, FULL, BlockLists
+
+MOST_GROUPS = 16  # programs of their own; more take long to compile
+
+
+class Group(NamedTuple):
+    """Rows that go through equally many blocks: first chunks that are full, then chunks for which the mask is asked.
+
+    rows: [R]. full: [R, chunks, columns a chunk], columns. rest: the same. valid: bool, of rest's shape, or None where all are.
+    masked: whether the mask has to be asked about `rest`.
+    """
+
+    rows: np.ndarray
+    full: np.ndarray
+    rest: np.ndarray
+    valid: np.ndarray | None
+    masked: bool
+
+
+class Hashed(NamedTuple):
+    """A shared list as a value."""
+
+    row: bytes
+    column: bytes
+    kind: bytes
+
+    @classmethod
+    def of(cls, lists: BlockLists) -> Hashed:
+        return cls(*(np.ascontiguousarray(x[0, 0], np.int32).tobytes() for x in lists))
+
+
+@functools.lru_cache(maxsize=256)
+def plan(hashed: Hashed, at_once: int) -> tuple[Group, ...]:
+    """Groups in the order of their first rows. at_once: the most columns a chunk."""
+    row, column, kind = (np.frombuffer(x, np.int32) for x in hashed)
+    count = int(row[-1]) + 1
+    full, rest = [], []
+    for r in range(count):
+        mine = (row == r) & (kind != EMPTY)
+        columns, kinds = column[mine], kind[mine]
+        if len(columns) > at_once:  # the full ones first, as many as fill chunks
+            sure = columns[kinds == FULL]
+            sure = sure[: len(sure) // at_once * at_once]
+            full.append(sure)
+            rest.append((columns[~np.isin(columns, sure)], bool((kinds != FULL).any())))
+        else:
+            full.append(columns[:0])
+            rest.append((columns, bool((kinds != FULL).any())))
+    widths = np.array([len(columns) for columns, _ in rest])
+    keys = np.stack([[len(x) // at_once for x in full], widths, [asked for _, asked in rest]], axis=-1)
+    step = 1
+    while len(np.unique(keys, axis=0)) > MOST_GROUPS and step < widths.max():
+        step *= 2
+        keys[:, 1] = -(-widths // step) * step
+        keys[:, 2] |= keys[:, 1] > widths
+    groups = []
+    for chunks, width, asked in dict.fromkeys(map(tuple, keys)):
+        rows = np.nonzero((keys == (chunks, width, asked)).all(-1))[0]
+        pieces = max(1, -(-width // at_once))
+        wide = -(-width // pieces)  # chunks of one size
+        padded = np.zeros((len(rows), pieces * wide), np.int32)
+        valid = np.arange(pieces * wide) < widths[rows][:, None]
+        for i, r in enumerate(rows):
+            mine = rest[r][0]
+            padded[i, : len(mine)] = mine
+            padded[i, len(mine) :] = mine[-1] if len(mine) else 0
+        shape = (len(rows), pieces, wide)
+        groups.append(
+            Group(
+                rows,
+                np.array([full[r] for r in rows], np.int32).reshape(len(rows), int(chunks), at_once),
+                padded.reshape(shape),
+                None if valid.all() else valid.reshape(shape),
+                bool(asked) or not valid.all(),
+            )
+        )
+    return tuple(groups)

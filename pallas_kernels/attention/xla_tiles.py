@@ -1,0 +1,141 @@
+"""What is done with one row of blocks: the arithmetic of attention forward and backward, with which any list is gone through.
+
+Online softmax as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). With S the scores and
+P = exp(S - lse):  dV = P' dO,  dS = P * (dO V' - delta),  dQ = dS K,  dK = dS' Q,  where delta = rowsum(dO * O) - d lse.
+
+N counts the key heads (or the sequences) that are computed together, G the query heads a key head, M = G * queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from pallas_kernels.attention.algebra import Mask
+
+
+class Where(NamedTuple):
+    """Indices of scores: arrays that broadcast to their shape. Segments likewise, or None. kv_len: where the keys end, or None
+    if none of the blocks reaches beyond it."""
+
+    batch: Any
+    head: Any
+    q: Any
+    kv: Any
+    kv_len: int | None
+    q_segment: Any = None
+    kv_segment: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a score is and which are seen; all of it known before anything runs. score_mod: of single scores, its arrays hoisted."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    score_mod: Any  # a Jaxpr (score, batch, head, q_index, kv_index) -> score, its constants hoisted
+    inexact: tuple[bool, ...]  # which of these constants have gradients
+
+    def score(self, raw: jax.Array, where: Where, floats: list[jax.Array], others: list[jax.Array]) -> jax.Array:
+        """Scores of products q k', [N, G, queries, keys] or in any other order in which `where` is."""
+        score = raw * self.scale
+        if self.softcap is not None:
+            score = self.softcap * jnp.tanh(score / self.softcap)
+        if self.score_mod is not None:
+            left = iter(floats), iter(others)
+            single = jaxpr_as_fun(ClosedJaxpr(self.score_mod, [next(left[0 if yes else 1]) for yes in self.inexact]))
+            score = jnp.vectorize(lambda *args: single(*args)[0])(score, where.batch, where.head, where.q, where.kv)
+        return score
+
+    def seen(self, where: Where, valid: Any) -> jax.Array:
+        """bool, to be broadcast against the scores. valid: likewise, of what is no padding of the list; or None."""
+        seen = self.mask(where.batch, where.head, where.q, where.kv)
+        if where.kv_len is not None:
+            seen = seen & (where.kv < where.kv_len)
+        if where.q_segment is not None:
+            seen = seen & (where.q_segment == where.kv_segment)
+        return seen if valid is None else seen & valid
+
+
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum whose operands have the lower of the two dtypes, summed in float32 at least."""
+    low = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    precise = jnp.promote_types(low, jnp.float32)
+    return jnp.einsum(spec, a.astype(low), b.astype(low), preferred_element_type=precise, precision="highest")
+
+
+class Sums(NamedTuple):
+    """Of the keys so far: the greatest score and the sum of weights [N, M, 1], the weighted sum of values [N, M, d_v]."""
+
+    top: jax.Array
+    total: jax.Array
+    values: jax.Array
+
+
+def forward(
+    sums: Sums | None, q_NxMxD, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, group: int, masked: bool, valid
+) -> Sums:
+    """Adds keys. masked: whether all of them are seen by all queries (False), or the mask has to be asked. `where` and `valid` are
+    for scores [N, G, queries, keys]."""
+    raw = product("nmd,nkd->nmk", q_NxMxD, k_NxKxD)
+    n, m, keys = raw.shape
+    score = rule.score(raw.reshape(n, group, -1, keys), where, *constants)
+    if masked:
+        score = jnp.where(rule.seen(where, valid), score, -jnp.inf)
+    score = score.reshape(n, m, keys)
+    top = score.max(axis=-1, keepdims=True)
+    if sums is not None:
+        top = jnp.maximum(sums.top, top)
+    finite = jnp.where(top == -jnp.inf, 0, top)  # nothing seen so far
+    weight = jnp.exp(score - finite)
+    total, values = weight.sum(axis=-1, keepdims=True), product("nmk,nkd->nmd", weight, v_NxKxD)
+    if sums is not None:
+        fade = jnp.exp(sums.top - finite)
+        total, values = total + fade * sums.total, values + fade * sums.values
+    return Sums(top, total, values)
+
+
+def finished(sums: Sums) -> tuple[jax.Array, jax.Array]:
+    """(out [N, M, d_v], lse [N, M]): 0 and -inf where nothing was seen."""
+    finite = jnp.where(sums.top == -jnp.inf, 0, sums.top)
+    none = sums.total == 0
+    return sums.values / jnp.where(none, 1, sums.total), (
+        finite + jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, sums.total)))
+    )[..., 0]
+
+
+class Rows(NamedTuple):
+    """Queries beside a row of keys: q [N, M, d_qk], the gradient of out [N, M, d_v], lse and delta [N, 1, M]."""
+
+    q: jax.Array
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, group: int, masked: bool, valid):
+    """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries. clean: the keys, not finite ones zeroed.
+
+    Scores are [N, keys, G, queries] here, and so are `where` and `valid`: neither dK nor dV then needs them turned round.
+    """
+    raw = product("nkd,nmd->nkm", k_NxKxD, rows.q)
+    n, keys, m = raw.shape
+    floats, others = constants
+    apart, together = (n, keys, group, m // group), (n, keys, m)
+    score, pull = jax.vjp(
+        lambda raw, floats: rule.score(raw.reshape(apart), where, floats, others).reshape(together), raw, floats
+    )
+    weight = jnp.exp(score - rows.lse)
+    d_score = weight * (product("nkd,nmd->nkm", v_NxKxD, rows.d_out) - rows.delta)
+    if masked:
+        seen = jnp.broadcast_to(rule.seen(where, valid), apart).reshape(together)
+        weight, d_score = jnp.where(seen, weight, 0), jnp.where(seen, d_score, 0)
+    d_raw, d_floats = pull(d_score)
+    d_v = product("nkm,nmd->nkd", weight, rows.d_out)
+    d_k = product("nkm,nmd->nkd", d_raw, rows.q)
+    return d_k, d_v, product("nkd,nkm->ndm", clean_NxKxD, d_raw), d_floats
