@@ -47,9 +47,11 @@ def parser() -> Parser:
 
 
 def checked(found: Sequence[Pair]) -> None:
-    """Raises ValueError where a case declares something for a target that there is not."""
+    """Raises ValueError where a case is for no target, or declares something for one that there is not."""
     for module, case in found:
         own = [target.name for target in targets.TARGETS if target.implementation == case.implementation]
+        if not own:
+            raise ValueError(f"{module}: case {case.name!r} is for {case.implementation!r}; allowed: tpu, gpu")
         for name in [*case.unsupported, *case.spills]:
             if name != "*" and name not in own:
                 raise ValueError(f"{module}: case {case.name!r} declares something for {name!r}; allowed: *, {', '.join(own)}")

@@ -53,7 +53,7 @@ def assemble(ptxas: Path, source: Path) -> dict[str, Assembled]:
 
 
 def parsed(said: str) -> dict[str, Assembled]:
-    """Reads the output of ptxas -v. Warnings that name no kernel are noted with every one."""
+    """Reads the output of ptxas -v; there may be no kernel in it. Warnings that name none are noted with every one."""
     found: dict[str, dict[str, int]] = {}
     notes: list[tuple[str, str]] = []  # kernel, or "" for all; what is said
     name = ""
@@ -73,8 +73,8 @@ def parsed(said: str) -> dict[str, Assembled]:
             of = re.search(r"in (?:the )?function '(\S+)'", text)
             notes.append((of[1] if of else "", re.sub(r" in (?:the )?function '.*", "", text)))
     lacking = [name for name, values in found.items() if "registers" not in values]
-    if lacking or not found:
-        raise ValueError(f"ptxas does not say what registers are used{' by ' + lacking[0] if lacking else ''}")
+    if lacking:
+        raise ValueError(f"ptxas does not say what registers are used by {lacking[0]}")
     return {
         name: Assembled(**values, notes=tuple(note for of, note in notes if of in ("", name))) for name, values in found.items()
     }

@@ -26,7 +26,7 @@ SCOPE = re.compile(rf'"memory_space":"{VMEM}","offset":"(\d+)","size":"(\d+)"')
 
 def environment(dump: Path) -> dict[str, str]:
     """What must be set before libtpu is loaded. Spaces in the folder's name would end the flag."""
-    flags = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final"]
+    flags = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=^final_"]
     return {
         "JAX_PLATFORMS": "cpu",  # the host stays a CPU; libtpu is only asked to compile
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask what machine this is

@@ -336,6 +336,7 @@ def test_cases_are_chosen_by_name_by_kernel_or_by_both(listed, capsys):
     [
         (('{"v5e"', '{"v7"'), "case 'causal backward' declares something for 'v7'; allowed: *, v5e, v5p, v6e, TPU7x"),
         (('{"v5e"', '{"H100"'), "declares something for 'H100'; allowed: *, v5e, v5p, v6e, TPU7x"),
+        (('"on a gpu", "gpu"', '"on a gpu", "cuda"'), "case 'on a gpu' is for 'cuda'; allowed: tpu, gpu"),
         (('"causal forward"', '"causal backward"'), "there are two cases 'odd', 'causal backward'"),
     ],
 )
