@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, tpu, xla
+from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
 from pallas_kernels.attention.lists import Segments, Sizes
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {"reference": reference.attend, "xla": xla.attend, "tpu": tpu.attend}
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+    "tpu": tpu.attend,
+    "gpu": gpu.attend,
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

@@ -1,4 +1,4 @@
-"""What all kernels for GPUs share: from a call of `reference.attend`'s kind to padded arrays and lists, and its derivative."""
+"""What all kernels for GPUs share: from a call like that of `reference.attend` to padded arrays and lists; the derivative."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Block-sparse attention for Hopper (sm_90a) through Mosaic GPU: the forward pass. The backward pass goes through Pallas-Triton.
+"""Block-sparse attention for Hopper (sm_90a) through Mosaic GPU: the forward pass. Backward it goes through Pallas-Triton.
 
-Three warpgroups a program, as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1): one fetches blocks of keys and
-values by TMA, at the places that the block list names, into a ring of shared memory; two have 64 queries each, multiply with wgmma and
-take turns, so that one's softmax runs while the other multiplies. Who reads and who writes a slot of the ring is settled by four
-barriers a slot: keys and values have come (counted in bytes by TMA), keys and values are done with (one arrival a reader).
+Three warpgroups a program, as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, section 3.1): one fetches blocks of
+keys and values by TMA, at the places that the block list names, into a ring of shared memory; two have 64 queries each,
+multiply with wgmma and take turns, so that one's softmax runs while the other multiplies. Who reads and who writes a slot of
+the ring is settled by four barriers a slot: keys and values have come (counted in bytes by TMA), keys and values are done
+with (one arrival a reader).
 
-A value that no query may see must not be multiplied by its weight of 0 if it is not finite, and wgmma reads values from shared memory,
-where no register passes. So XLA cleans keys and values before: values become finite, and a key that is spoilt, or has a spoilt value,
-becomes NaN throughout, which reaches all queries that see it and no other.
+A value that no query may see must not be multiplied by its weight of 0 if it is not finite, and wgmma reads values from
+shared memory, where no register passes. So XLA cleans keys and values before: values become finite, and a key that is spoilt,
+or has a spoilt value, becomes NaN throughout, which reaches all queries that see it and no other.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ HEAD_DIMS = (64, 128)
 
 
 def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, scale, interpret=False):
-    """As `reference.attend`. interpret: Mosaic GPU's InterpretGPUParams; Triton's kernels then run in its own interpret mode."""
+    """As `reference.attend`. interpret: Mosaic GPU's InterpretGPUParams; Triton's kernels are interpreted too then."""
     blocks = check(q, v, mask, score_mod, segment_ids, scale)
     return gpu_call.attend(
         (forward, gpu_triton.backward), blocks, q, k, v, mask, q_offset=q_offset, score_mod=score_mod, segment_ids=segment_ids,
@@ -66,7 +67,7 @@ def check(q: jax.Array, v: jax.Array, mask: Any, score_mod: Any, segment_ids: An
         here = block_sizes("gpu", "hopper", q.shape[1], max(q.shape[3], v.shape[3]))[0]
         return here, gpu_triton.check(q, v, mask)[1]
     if blocks[0].q % (READERS * ROWS) or blocks[0].kv % 64:
-        raise NotImplementedError(f"mask: blocks of {blocks[0].q} x {blocks[0].kv}, wanted multiples of {READERS * ROWS} x 64")
+        raise NotImplementedError(f"mask: blocks of {blocks[0].q} x {blocks[0].kv}, wanted multiples of 128 x 64")
     gpu_triton.check(q, v, mask)
     return blocks
 
@@ -206,12 +207,12 @@ def _read(plan: _Plan, place: _Place, reader, offset, sink, q_ref, out_ref, lse_
     rows = (place.b, pl.ds(q_first, ROWS), place.h)
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_tile, q_come.at[reader])
     plgpu.barrier_wait(q_come.at[reader])
-    d_v, row_layout = v.shape[2], plgpu.Layout.WGMMA.reduce(1)
-    scores_shape = (ROWS, plan.kv)
+    wgmma = None if interpret else plgpu.Layout.WGMMA  # the interpreter has no layouts
+    d_v, scores_shape = v.shape[2], (ROWS, plan.kv)
     factor = spec.scale * LOG2E if spec.softcap is None else LOG2E
 
     def column(value):
-        return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
+        return _laid(jnp.full((ROWS,), value, jnp.float32), wgmma and wgmma.reduce(1))
 
     def hand_over():
         plgpu.barrier_arrive(turn)
@@ -228,9 +229,7 @@ def _read(plan: _Plan, place: _Place, reader, offset, sink, q_ref, out_ref, lse_
             grown = jnp.exp2(score * (2 * LOG2E * spec.scale / spec.softcap))
             score = spec.softcap - 2 * spec.softcap / (1 + grown)
         if partial:
-            q_index, kv_index = (
-                plgpu.broadcasted_iota(jnp.int32, scores_shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-            )
+            q_index, kv_index = (plgpu.broadcasted_iota(jnp.int32, scores_shape, axis, layout=wgmma) for axis in (0, 1))
             q_position, kv_index = q_index + (q_first + offset), kv_index + place.kv_first(i)
             assert spec.mask is not None
             seen = spec.mask(place.b, place.h, q_position, kv_index)
@@ -257,7 +256,7 @@ def _read(plan: _Plan, place: _Place, reader, offset, sink, q_ref, out_ref, lse_
     if sink is not None:
         top = column(sink * LOG2E)
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-    acc = plgpu.layout_cast(jnp.full((ROWS, d_v), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+    acc = _laid(jnp.zeros((ROWS, d_v), jnp.float32), wgmma)
     # The second reader starts half a step later.
     pl.when(reader == 1)(hand_over)
     carry = lax.fori_loop(0, place.full, functools.partial(step, partial=False), (acc, top, total))
@@ -271,6 +270,10 @@ def _read(plan: _Plan, place: _Place, reader, offset, sink, q_ref, out_ref, lse_
     plgpu.copy_smem_to_gmem(out_tile, out_ref.at[rows])
     plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[place.b, place.h, pl.ds(q_first, ROWS)])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _laid(x: jax.Array, layout: Any) -> jax.Array:
+    return x if layout is None else plgpu.layout_cast(x, layout)
 
 
 def _scores(q_tile, k_tile, hand_over, shape, interpret: bool) -> jax.Array:

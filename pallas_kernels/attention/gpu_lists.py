@@ -1,8 +1,8 @@
 """Block lists as a GPU's programs read them: each program finds the blocks of its row (or column) by two numbers.
 
-On a TPU one grid goes through a whole list in order. On a GPU programs run at once, so each takes one row of blocks of queries
-(or column of blocks of keys) and goes through that row's entries alone: the compressed rows of a sparse matrix. Within a row FULL
-blocks stand before PARTIAL ones, so that there are two plain loops and no branch inside of either.
+On a TPU one grid goes through a whole list in order. On a GPU programs run at once, so each takes one row of blocks of
+queries (or column of blocks of keys) and goes through that row's entries alone: the compressed rows of a sparse matrix.
+Within a row FULL blocks stand before PARTIAL ones, so that there are two plain loops and no branch inside of either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments, Sizes
 
-MOST_PAIRS = 1 << 28  # in the partial blocks of a mask that has to be spelt out pair by pair: bytes of bitmaps, if no two agree
+MOST_PAIRS = 1 << 28  # in the partial blocks of a mask that is spelt out pair by pair: bytes of bitmaps, if no two agree
 
 
 class Visits(NamedTuple):
@@ -64,7 +64,7 @@ def blocked(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q
 
 @functools.lru_cache(maxsize=64)
 def _bitmaps(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
-    """The mask's patterns as int8, and two more: all seen (last but one), which FULL entries have, and none seen (the last)."""
+    """The mask's patterns as int8, and two more: all seen (last but one; of FULL entries) and none seen (the last)."""
     pairs = mask.counts()["partial"] * mask.sizes.q_block * mask.sizes.kv_block
     if pairs > MOST_PAIRS:
         raise NotImplementedError(f"mask: it looks at arrays, and its partial blocks have {pairs} pairs, above {MOST_PAIRS}")

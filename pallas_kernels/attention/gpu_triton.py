@@ -1,10 +1,11 @@
-"""Block-sparse attention for any GPU that Triton compiles for: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block lists.
+"""Block-sparse attention for GPUs that Triton compiles for: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block lists.
 
-Forward: a program for each tile of queries goes through the FULL, then the PARTIAL blocks of its row, with the running maximum
-and sum of exponentials of the online softmax. Backward: scores are computed again, once by key blocks (dk and dv; the query heads
-of a group one after the other, so that nothing is added atomically and every call gives the same bits), once by query blocks (dq).
+Forward: a program for each tile of queries goes through the FULL, then the PARTIAL blocks of its row, with the running
+maximum and sum of exponentials of the online softmax. Backward: scores are computed again, once by key blocks (dk and dv; the
+query heads of a group one after the other, so that nothing is added atomically and every call gives the same bits), once by
+query blocks (dq).
 
-A block of the lists is cut into tiles that fit the registers, so lists may be coarser than tiles. Exponentials are powers of 2.
+A block of the lists is cut into tiles that fit the registers, so lists may be coarser than tiles. Exponentials are of 2.
 
 Keys that are not finite: all queries of a FULL block see them, so that it is enough that what they make stays not finite: an
 infinite score becomes NaN, and what was accumulated is looked at in the end. PARTIAL blocks alone pay for unseen keys.
@@ -41,16 +42,16 @@ class Tuning(NamedTuple):
 
 
 def tuning(kernel: Literal["forward", "dkv", "dq"], blocks: Blocks, width: int) -> Tuning:
-    """Chosen so that ptxas reports no spills and an A100's shared memory is enough. width: bytes of the wider of a key and a value,
-    to the next power of two."""
+    """Chosen so that ptxas reports no spills and an A100's shared memory is enough. width: bytes of the wider of a key and a
+    value, to the next power of two."""
     q, kv, warps, stages = next(row for most, row in TUNING[kernel] if width <= most)
     return Tuning(_tile("q", blocks.q, q), _tile("kv", blocks.kv, kv), warps, stages)
 
 
-TUNING = {
-    "forward": ((128, (128, 64, 4, 3)), (256, (128, 64, 8, 3)), (512, (64, 32, 4, 2)), (1024, (32, 16, 4, 1))),
-    "dkv": ((128, (64, 64, 4, 3)), (256, (64, 64, 8, 2)), (512, (32, 32, 4, 2)), (1024, (16, 32, 4, 1))),
-    "dq": ((128, (64, 64, 4, 3)), (256, (64, 64, 8, 2)), (512, (32, 32, 4, 2)), (1024, (32, 16, 4, 1))),
+TUNING = {  # kernel -> (width up to, (queries, keys, warps, stages))
+    "forward": ((128, (64, 64, 4, 3)), (256, (64, 32, 4, 3)), (512, (32, 32, 4, 2)), (1024, (16, 16, 4, 1))),
+    "dkv": ((128, (32, 64, 4, 2)), (256, (32, 64, 8, 2)), (512, (16, 32, 4, 1)), (1024, (16, 16, 4, 1))),
+    "dq": ((128, (64, 64, 8, 3)), (256, (64, 64, 8, 2)), (512, (32, 32, 4, 2)), (1024, (16, 16, 4, 1))),
 }
 
 
@@ -66,8 +67,8 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     """As `reference.attend`."""
     blocks = check(q, v, mask)
     return gpu_call.attend(
-        (forward, backward), blocks, q, k, v, mask, q_offset=q_offset, score_mod=score_mod, segment_ids=segment_ids, sinks=sinks,
-        softcap=softcap, scale=scale, interpret=interpret,
+        (forward, backward), blocks, q, k, v, mask, q_offset=q_offset, score_mod=score_mod, segment_ids=segment_ids,
+        sinks=sinks, softcap=softcap, scale=scale, interpret=interpret,
     )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def _cleaned(x: jax.Array) -> jax.Array:
-    return jnp.where(_finite(x), x, jnp.zeroslike(x))
+    return jnp.where(_finite(x), x, jnp.zeros_like(x))
 
 
 def _bent(spec: Spec, b, h, q_index, kv_index) -> Callable[[jax.Array], jax.Array] | None:
@@ -225,7 +226,7 @@ def _forward_kernel(spec: Spec, tiles: Tuning, groups: int, q_ref, k_ref, v_ref,
     top = jnp.full((tiles.q,), -jnp.inf, jnp.float32)
     total = jnp.zeros((tiles.q,), jnp.float32)
     if sinks_ref is not None:
-        top = jnp.zeroslike(top) + sinks_ref[h] * LOG2E
+        top = jnp.zeros_like(top) + sinks_ref[h] * LOG2E
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
     carry = (jnp.zeros((tiles.q, d_v), jnp.float32), top, total)
     first, partials, end = read.ends(b, h, row)
