@@ -80,23 +80,26 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
         q_NxGxTxD, (k_NxSxD, v_NxSxD) = heads_first(q, size), (x.swapaxes(0, 1) for x in (k, v))
         piece = _piece(i, pieces, heads, size, offset, segments)
         starts = jnp.searchsorted(lists.row, jnp.arange(sizes.rows))
+        apart = (q_NxGxTxD.shape[0], 1, size, sizes.q_block)
 
         def row(r):
             queries = taken(q_NxGxTxD, r[None], sizes.q_block, 2).reshape(q_NxGxTxD.shape[0], -1, q_NxGxTxD.shape[-1])
 
             def add(sums, columns, valid):
-                where = piece.where(positions(r[None], sizes.q_block), positions(columns, sizes.kv_block), sizes, False)
+                where = piece.where(
+                    positions(r[None, None], sizes.q_block), positions(columns[None], sizes.kv_block), sizes, False
+                )
                 keys, values = (taken(x, columns, sizes.kv_block, 1) for x in (k_NxSxD, v_NxSxD))
                 every = spread(valid, sizes.kv_block)
-                return tiles.forward(sums, queries, keys, values, rule, where, constants, size, True, every)
+                return tiles.forward(sums, queries, keys, values, rule, where, constants, apart, True, every)
 
-            start = piece.start(sinks, sizes.q_block, v_NxSxD.shape[-1], dtype)
+            start = piece.start(sinks, 1, sizes.q_block, v_NxSxD.shape[-1], dtype)
             return tiles.finished(_over_row(lists, starts, r, add, start))
 
         out, lse = jax.lax.map(row, jnp.arange(sizes.rows))  # [rows, N, G * queries, …]
         n = q_NxGxTxD.shape[0]
-        apart = (x.reshape(sizes.rows, n, size, sizes.q_block, *x.shape[3:]) for x in (out, lse))
-        return tuple(heads_last(jnp.moveaxis(x, 0, 2).reshape(n, size, -1, *x.shape[4:])) for x in apart)
+        rows = (x.reshape(sizes.rows, n, size, sizes.q_block, *x.shape[3:]) for x in (out, lse))
+        return tuple(heads_last(jnp.moveaxis(x, 0, 2).reshape(n, size, -1, *x.shape[4:])) for x in rows)
 
     arrays = padded(q, sizes.rows * sizes.q_block), *(padded(x, sizes.columns * sizes.kv_block) for x in (k, v))
     offsets, segments = _per_piece(data, batch, pieces)
@@ -129,14 +132,22 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
 
             def add(sums, columns, valid):
                 d_k, d_v, d_q, d_floats = sums
-                where = piece.where(positions(columns, sizes.q_block), positions(r[None], sizes.kv_block), sizes, True)
+                where = piece.where(
+                    positions(columns[None], sizes.q_block), positions(r[None, None], sizes.kv_block), sizes, True
+                )
                 parts = [taken(x, columns, sizes.q_block, 2) for x in (q, d_out, lse, delta)]
                 wide = [x.reshape(n, -1, x.shape[-1]) for x in parts[:2]]
                 rows = tiles.Rows(*wide, *(x.reshape(n, 1, -1) for x in parts[2:]))
                 every = spread(valid, sizes.q_block)
-                more = tiles.backward(rows, keys, clean_keys, values, rule, where, constants, size, True, every)
+                apart = (n, 1, sizes.kv_block, size, len(columns) * sizes.q_block)
+                more = tiles.backward(rows, keys, clean_keys, values, rule, where, constants, apart, True, every)
                 d_floats = jax.tree.map(jnp.add, d_floats, more[3])
-                return d_k + more[0], d_v + more[1], added(d_q, more[2], columns, sizes.q_block), d_floats
+                return (
+                    d_k + more[0],
+                    d_v + more[1],
+                    added(d_q, more[2].reshape(n, 1, d, size, -1), columns[None], sizes.q_block),
+                    d_floats,
+                )
 
             zeros = (jnp.zeros(x.shape, lse.dtype) for x in (keys, values))
             d_k, d_v, *carry = _over_row(lists, starts, r, add, (*zeros, *carry))

@@ -57,27 +57,28 @@ def taken(x_NxLxD: jax.Array, index: Any, block: int, axis: int) -> jax.Array:
     return got.reshape(*shape[:axis], len(index) * block, *shape[axis + 1 :])
 
 
-def positions(index: Any, block: int) -> Any:
-    """int32 [n * block] of blocks [n]."""
-    xp = jnp if isinstance(index, jax.Array) else np
-    return (xp.asarray(index)[:, None] * block + np.arange(block)).reshape(-1).astype(np.int32)
+def positions(index_RxW: Any, block: int) -> Any:
+    """int32 [R, n * block] of blocks [R, n]."""
+    xp = jnp if isinstance(index_RxW, jax.Array) else np
+    index = xp.asarray(index_RxW)
+    return (index[:, :, None] * block + np.arange(block)).reshape(len(index), -1).astype(np.int32)
 
 
 def spread(valid: Any, block: int) -> Any:
     """bool [blocks] for every position of them, as the last axis of scores."""
-    return None if valid is None else jnp.repeat(jnp.asarray(valid), block).reshape(1, 1, 1, -1)
+    return None if valid is None else jnp.repeat(jnp.asarray(valid), block)
 
 
-def added(d_q_NxDxGxT: jax.Array, part_NxDxM: jax.Array, columns: Any, block: int) -> jax.Array:
+def added(d_q_NxDxGxT: jax.Array, part_NxRxDxGxM: jax.Array, columns_RxW: Any, block: int) -> jax.Array:
     """Adds what blocks of queries get, in place."""
-    n, d, group, _ = d_q_NxDxGxT.shape
-    part = part_NxDxM.reshape(n, d, group, -1)
-    runs = [(0, len(columns))] if isinstance(columns, np.ndarray) and (np.diff(columns) == 1).all() else None
-    for start, stop in runs or [(i, i + 1) for i in range(len(columns))]:
-        at, width = columns[start] * block, (stop - start) * block
-        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, width, axis=3)
-        new = old + part[..., start * block : stop * block]
-        d_q_NxDxGxT = jax.lax.dynamic_update_slice_in_dim(d_q_NxDxGxT, new, at, axis=3)
+    n, r, d, group, _ = part_NxRxDxGxM.shape
+    w = columns_RxW.shape[1]
+    known = isinstance(columns_RxW, np.ndarray) and r == 1 and (np.diff(columns_RxW[0]) == 1).all()
+    for start, stop in [(0, w)] if known else [(i, i + 1) for i in range(w)]:
+        part = jnp.moveaxis(part_NxRxDxGxM[..., start * block : stop * block], 1, 3).reshape(n, d, group, -1)
+        at = columns_RxW[0, start] * block
+        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, part.shape[3], axis=3)
+        d_q_NxDxGxT = jax.lax.dynamic_update_slice_in_dim(d_q_NxDxGxT, old + part, at, axis=3)
     return d_q_NxDxGxT
 
 
@@ -87,25 +88,27 @@ class Piece:
     def __init__(self, batch: Any, head: Any, q_offset: Any, segments: Segments | None):
         self.batch, self.head, self.q_offset, self.segments = batch, head, q_offset, segments
 
-    def where(self, q_index: Any, kv_index: Any, sizes: Sizes, turned: bool) -> Where:
-        """For scores [N, G, queries, keys]; turned: [N, keys, G, queries]."""
+    def where(self, q_index_RxQ: Any, kv_index_RxK: Any, sizes: Sizes, turned: bool) -> Where:
+        """For scores [N, R, G, queries, keys]; turned: [N, R, keys, G, queries]."""
         kv_len = sizes.kv_len if sizes.kv_len % sizes.kv_block else None
+        r = len(q_index_RxQ)
 
         def shaped(queries: Any, keys: Any) -> tuple[Any, Any]:
             if turned:
-                return queries.reshape(1, 1, 1, -1), keys.reshape(1, -1, 1, 1)
-            return queries.reshape(1, 1, -1, 1), keys.reshape(1, 1, 1, -1)
+                return queries.reshape(1, r, 1, 1, -1), keys.reshape(1, r, -1, 1, 1)
+            return queries.reshape(1, r, 1, -1, 1), keys.reshape(1, r, 1, 1, -1)
 
-        head = self.head[:, None, :, None] if turned else self.head[:, :, None, None]
+        head = self.head[:, None, None, :, None] if turned else self.head[:, None, :, None, None]
         segments = (None, None)
         if self.segments is not None:
-            segments = shaped(*(jnp.take(ids, at, mode="clip") for ids, at in zip(self.segments, (q_index, kv_index))))
-        return Where(self.batch, head, *shaped(q_index + self.q_offset, kv_index), kv_len, *segments)
+            ids = (jnp.take(ids, at, mode="clip") for ids, at in zip(self.segments, (q_index_RxQ, kv_index_RxK)))
+            segments = shaped(*ids)
+        return Where(self.batch, head, *shaped(q_index_RxQ + self.q_offset, kv_index_RxK), kv_len, *segments)
 
-    def start(self, sinks: jax.Array | None, queries: int, d_v: int, dtype: Any) -> Sums:
+    def start(self, sinks: jax.Array | None, rows: int, queries: int, d_v: int, dtype: Any) -> Sums:
         """Sums before any key: the sink's, or nothing."""
         n, group = self.head.shape
         top = jnp.full((n, group), -jnp.inf, dtype) if sinks is None else sinks[self.head].astype(dtype)
-        top = jnp.broadcast_to(top[:, :, None], (n, group, queries)).reshape(n, -1, 1)
+        top = jnp.broadcast_to(top[:, None, :, None], (n, rows, group, queries)).reshape(n * rows, -1, 1)
         total = jnp.zeros_like(top) if sinks is None else jnp.ones_like(top)
-        return Sums(top, total, jnp.zeros((n, group * queries, d_v), dtype))
+        return Sums(top, total, jnp.zeros((n * rows, group * queries, d_v), dtype))

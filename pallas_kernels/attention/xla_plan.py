@@ -24,6 +24,7 @@ class Group(NamedTuple):
     rest: np.ndarray
     valid: np.ndarray | None
     masked: bool
+    together: int  # rows at once; several only where each row's columns are those of the row before moved by one
 
 
 class Hashed(NamedTuple):
@@ -40,7 +41,8 @@ class Hashed(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan(hashed: Hashed, at_once: int) -> tuple[Group, ...]:
-    """Groups in the order of their first rows. at_once: the most columns a chunk."""
+    """Groups in the order of their first rows. at_once: the most blocks that are computed together (one, if below)."""
+    blocks, at_once = at_once, max(1, at_once)
     row, column, kind = (np.frombuffer(x, np.int32) for x in hashed)
     count = int(row[-1]) + 1
     full, rest = [], []
@@ -74,13 +76,30 @@ def plan(hashed: Hashed, at_once: int) -> tuple[Group, ...]:
             padded[i, : len(mine)] = mine
             padded[i, len(mine) :] = mine[-1] if len(mine) else 0
         shape = (len(rows), pieces, wide)
-        groups.append(
-            Group(
-                rows,
-                np.array([full[r] for r in rows], np.int32).reshape(len(rows), int(chunks), at_once),
-                padded.reshape(shape),
-                None if valid.all() else valid.reshape(shape),
-                bool(asked) or not valid.all(),
-            )
+        whole = Group(
+            rows,
+            np.array([full[r] for r in rows], np.int32).reshape(len(rows), int(chunks), at_once),
+            padded.reshape(shape),
+            None if valid.all() else valid.reshape(shape),
+            bool(asked) or not valid.all(),
+            1,
         )
+        groups.extend(_cut(whole, blocks))
     return tuple(groups)
+
+
+def _cut(group: Group, blocks: int) -> list[Group]:
+    """The group in parts that do not wait for each other, the rows of each several at once where they are a band."""
+    r, pieces, wide = group.rest.shape
+    band = pieces == 1 and not group.full.size and group.valid is None
+    band = band and bool((np.diff(group.rows) == 1).all() and (np.diff(group.rest[:, 0], axis=0) == 1).all())
+    together = min(r, max(1, blocks // max(1, wide))) if band and wide else 1
+    ends = {r // together * together, r}
+    if r // together >= 4:
+        ends.add(r // together // 2 * together)
+    parts, start = [], 0
+    for end in sorted(ends - {0}):
+        arrays = (None if x is None else x[start:end] for x in group[:4])
+        parts.append(Group(*arrays, group.masked, min(together, end - start)))
+        start = end
+    return parts

@@ -15,27 +15,31 @@ from pallas_kernels.attention.lists import Sizes, transposed
 from pallas_kernels.attention.xla_pieces import Piece, added, each, heads_first, heads_last, padded, positions, spread, taken
 from pallas_kernels.attention.xla_plan import Group, Hashed, plan
 
-AT_ONCE = 1 << 19  # scores that are computed together: what stays in cache
+AT_ONCE = 1 << 18  # scores that are computed together: what stays in cache
 UNROLLED = 2  # chunks; more are a loop
+BESIDE = 2  # loops that do not wait for each other
 
 
 def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, ...]:
     lists = block_lists(call.listed, sizes, 1, 1, call.q_offset, None)
     lists = transposed(lists, sizes.columns) if by_key else lists
-    return plan(Hashed.of(lists), max(1, AT_ONCE // (heads * sizes.q_block * sizes.kv_block)))
+    return plan(Hashed.of(lists), AT_ONCE // (heads * sizes.q_block * sizes.kv_block))
 
 
 def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
-    """(carry, results [rows, …]) of one(carry, row, full, rest, valid) for every row of a group: in a loop, or, where there is a
-    single one, as it stands, with constant slices."""
+    """(carry, results [rows, …]) of one(carry, rows [R], full [R, …], rest [R, …], valid) for all rows of a group, `together` at a
+    time: in a loop, or, where that is one step, as it stands, with constant slices. Results of `one` are [R, …]."""
     arrays = (group.rows.astype(np.int32), group.full, group.rest, group.valid)
-    if len(group.rows) == 1:
-        carry, result = one(carry, *jax.tree.map(lambda x: x[0], arrays))
-        return carry, jax.tree.map(lambda x: x[None], result)
-    return jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, arrays))
+    count = len(group.rows) // group.together
+    steps = jax.tree.map(lambda x: x.reshape(count, group.together, *x.shape[1:]), arrays)
+    if count == 1:
+        return one(carry, *jax.tree.map(lambda x: x[0], steps))
+    carry, results = jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, steps))
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
-def _over_chunks(one: Callable[..., Any], carry: Any, chunks: Any, valid: Any) -> Any:
+def _over_chunks(one: Callable[..., Any], carry: Any, chunks_RxCxW: Any, valid: Any) -> Any:
+    chunks, valid = (None if x is None else x.swapaxes(0, 1) for x in (chunks_RxCxW, valid))
     if len(chunks) <= UNROLLED:
         for i in range(len(chunks)):
             carry = one(carry, chunks[i], None if valid is None else valid[i])
@@ -53,6 +57,29 @@ def _in_order(groups: tuple[Group, ...], results: list[Any]) -> Any:
     return jax.tree.map(lambda x: x[np.argsort(order)], together)
 
 
+def _blocks(x_NxGxLx: jax.Array, index_RxW: Any, block: int) -> jax.Array:
+    """[N, R, G, W * block, …]: the blocks of every row, one after another. Where there are several rows, a row's blocks are those
+    of the row before moved by one."""
+    n, g, _, *rest = x_NxGxLx.shape
+    r, w = index_RxW.shape
+    if r == 1:
+        return taken(x_NxGxLx, index_RxW[0], block, 2)[:, None]
+    bands = [jax.lax.dynamic_slice_in_dim(x_NxGxLx, index_RxW[0, i] * block, r * block, axis=2) for i in range(w)]
+    bands = [jnp.moveaxis(band.reshape(n, g, r, block, *rest), 2, 1) for band in bands]
+    return jnp.concatenate(bands, axis=3) if w > 1 else bands[0]
+
+
+def _together(x_NxRxGxLxD: jax.Array) -> jax.Array:
+    """[N * R, G * L, D]."""
+    n, r, g, length, d = x_NxRxGxLxD.shape
+    return x_NxRxGxLxD.reshape(n * r, g * length, d)
+
+
+def _rows_first(x_XxMx: jax.Array, rows: int) -> jax.Array:
+    """[N * R, M, …] -> [R, N, M, …]."""
+    return jnp.moveaxis(x_XxMx.reshape(-1, rows, *x_XxMx.shape[1:]), 1, 0)
+
+
 def _unblocked(x_RxNxMx: jax.Array, group: int) -> jax.Array:
     """[rows, N, G * queries, …] -> [N, G, length, …]."""
     r, n, m, *rest = x_RxNxMx.shape
@@ -67,28 +94,34 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
     groups = _groups(call, sizes, False, heads)
 
     def sequence(b, q_TxHxD, k_SxNxD, v_SxNxD):
-        q_NxGxTxD, (k_NxSxD, v_NxSxD) = heads_first(q_TxHxD, size), (x.swapaxes(0, 1) for x in (k_SxNxD, v_SxNxD))
+        q_NxGxTxD = heads_first(q_TxHxD, size)
+        k_Nx1xSxD, v_Nx1xSxD = (heads_first(x, 1) for x in (k_SxNxD, v_SxNxD))
         piece = Piece(b, np.arange(heads).reshape(-1, size), call.q_offset, None)
-        n, d_v = v_NxSxD.shape[0], v_NxSxD.shape[2]
+        n, d_v = len(v_Nx1xSxD), v_Nx1xSxD.shape[-1]
 
-        def row(masked, r, full, rest, valid):
-            queries = taken(q_NxGxTxD, r[None], sizes.q_block, 2).reshape(n, -1, q_NxGxTxD.shape[-1])
+        def several(masked, rows, full, rest, valid):
+            queries = _together(_blocks(q_NxGxTxD, rows[:, None], sizes.q_block))
+            q_index = positions(rows[:, None], sizes.q_block)
+            apart = (n, len(rows), size, sizes.q_block)
 
             def add(masked):
                 def chunk(sums, columns, valid):
-                    where = piece.where(positions(r[None], sizes.q_block), positions(columns, sizes.kv_block), sizes, False)
-                    keys, values = (taken(x, columns, sizes.kv_block, 1) for x in (k_NxSxD, v_NxSxD))
-                    every = spread(valid, sizes.kv_block)
-                    return tiles.forward(sums, queries, keys, values, rule, where, constants, size, masked, every)
+                    where = piece.where(q_index, positions(columns, sizes.kv_block), sizes, False)
+                    keys, values = (_together(_blocks(x, columns, sizes.kv_block)) for x in (k_Nx1xSxD, v_Nx1xSxD))
+                    every = None if valid is None else spread(valid[0], sizes.kv_block)
+                    return tiles.forward(sums, queries, keys, values, rule, where, constants, apart, masked, every)
 
                 return chunk
 
-            many = max(len(full), len(rest)) > UNROLLED
-            start = piece.start(sinks, sizes.q_block, d_v, dtype) if many or sinks is not None or not rest.size else None
+            many = max(full.shape[1], rest.shape[1]) > UNROLLED
+            start = (
+                piece.start(sinks, len(rows), sizes.q_block, d_v, dtype) if many or sinks is not None or not rest.size else None
+            )
             sums = _over_chunks(add(False), start, full, None)
-            return tiles.finished(_over_chunks(add(masked), sums, rest, valid) if rest.size else sums)
+            sums = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
+            return None, tuple(_rows_first(x, len(rows)) for x in tiles.finished(sums))
 
-        found = [_over_rows(g, lambda _, *step, masked=g.masked: (None, row(masked, *step)), None)[1] for g in groups]
+        found = [_over_rows(g, lambda _, *step, masked=g.masked: several(masked, *step), None)[1] for g in groups]
         return tuple(heads_last(_unblocked(x, size)) for x in _in_order(groups, found))
 
     arrays = padded(q, sizes.rows * sizes.q_block), *(padded(x, sizes.columns * sizes.kv_block) for x in (k, v))
@@ -101,52 +134,54 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     sizes, rule, constants = call.backward, call.rule, (floats, data.others)
     heads, size = q.shape[2], q.shape[2] // k.shape[2]
     groups = _groups(call, sizes, True, heads)
-    q_block = sizes.q_block
+    q_block, kv_block = sizes.q_block, sizes.kv_block
 
     def sequence(b, q, d_out, lse, delta, *keys_and_values):
-        q, d_out, lse, delta = (heads_first(x, size) for x in (q, d_out, lse, delta))  # [N, G, T, …]
-        k_NxSxD, v_NxSxD = (x.swapaxes(0, 1) for x in keys_and_values)
-        clean = jnp.where(jnp.isfinite(k_NxSxD), k_NxSxD, 0)
+        queries = [heads_first(x, size) for x in (q, d_out, lse, delta)]  # [N, G, T, …]
+        k_Nx1xSxD, v_Nx1xSxD = (heads_first(x, 1) for x in keys_and_values)
+        clean = jnp.where(jnp.isfinite(k_Nx1xSxD), k_Nx1xSxD, 0)
         piece = Piece(b, np.arange(heads).reshape(-1, size), call.q_offset, None)
-        n, _, t, d = q.shape
+        n, _, t, d = queries[0].shape
 
-        def row(masked, carry, r, full, rest, valid):
+        def several(masked, carry, rows, full, rest, valid):
             """A row is a block of keys here, and a column one of queries."""
-            keys, clean_keys, values = (taken(x, r[None], sizes.kv_block, 1) for x in (k_NxSxD, clean, v_NxSxD))
-            where_keys = positions(r[None], sizes.kv_block)
+            r = len(rows)
+            keys, clean_keys, values = (_together(_blocks(x, rows[:, None], kv_block)) for x in (k_Nx1xSxD, clean, v_Nx1xSxD))
+            kv_index = positions(rows[:, None], kv_block)
 
             def add(masked):
                 def chunk(sums, columns, valid):
                     d_k, d_v, d_q, d_floats = sums
-                    where = piece.where(positions(columns, q_block), where_keys, sizes, True)
-                    parts = [taken(x, columns, q_block, 2) for x in (q, d_out, lse, delta)]
-                    wide = [x.reshape(n, -1, x.shape[-1]) for x in parts[:2]]
-                    rows = tiles.Rows(*wide, *(x.reshape(n, 1, -1) for x in parts[2:]))
-                    every = spread(valid, q_block)
-                    more = tiles.backward(rows, keys, clean_keys, values, rule, where, constants, size, masked, every)
-                    return d_k + more[0], d_v + more[1], added(d_q, more[2], columns, q_block), _sum(d_floats, more[3])
+                    where = piece.where(positions(columns, q_block), kv_index, sizes, True)
+                    parts = [_blocks(x, columns, q_block) for x in queries]
+                    beside = tiles.Rows(*(_together(x) for x in parts[:2]), *(x.reshape(n * r, 1, -1) for x in parts[2:]))
+                    every = None if valid is None else spread(valid[0], q_block)
+                    apart = (n, r, kv_block, size, columns.shape[1] * q_block)
+                    more = tiles.backward(beside, keys, clean_keys, values, rule, where, constants, apart, masked, every)
+                    part = more[2].reshape(n, r, d, size, -1)
+                    d_q = added(d_q, part, columns, q_block)
+                    return d_k + more[0], d_v + more[1], d_q, jax.tree.map(jnp.add, d_floats, more[3])
 
                 return chunk
 
-            d_q, d_floats = carry
             zeros = (jnp.zeros(x.shape, lse.dtype) for x in (keys, values))
-            sums = _over_chunks(add(False), (*zeros, d_q, d_floats), full, None)
-            d_k, d_v, d_q, d_floats = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
-            return (d_q, d_floats), (d_k, d_v)
+            sums = _over_chunks(add(False), (*zeros, *carry), full, None)
+            d_k, d_v, *carry = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
+            return tuple(carry), tuple(_rows_first(x, r) for x in (d_k, d_v))
 
-        carry, found = (jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), floats)), []
-        for g in groups:
-            carry, result = _over_rows(g, lambda carry, *step, masked=g.masked: row(masked, carry, *step), carry)
+        start = (jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats))
+        carries, found = [start] * BESIDE, []
+        for i, g in enumerate(groups):
+            side = i % BESIDE
+            carries[side], result = _over_rows(
+                g, lambda carry, *step, masked=g.masked: several(masked, carry, *step), carries[side]
+            )
             found.append(result)
-        d_k, d_v = (jnp.moveaxis(x, 0, 1).reshape(n, -1, x.shape[-1]).swapaxes(0, 1) for x in _in_order(groups, found))
-        return heads_last(jnp.moveaxis(carry[0], 1, 3)), d_k, d_v, carry[1]
+        d_q, d_floats = jax.tree.map(lambda *parts: sum(parts), *carries)
+        d_k, d_v = (heads_last(_unblocked(x, 1)) for x in _in_order(groups, found))
+        return heads_last(jnp.moveaxis(d_q, 1, 3)), d_k, d_v, d_floats
 
-    queries = (padded(x, sizes.rows * q_block) for x in (q, d_out, lse, delta))
-    d_q, d_k, d_v, d_floats = each(
-        sequence, (*queries, *(padded(x, sizes.columns * sizes.kv_block) for x in (k, v))), call.on_a_mesh
-    )
+    arrays = [padded(x, sizes.rows * q_block) for x in (q, d_out, lse, delta)]
+    arrays += [padded(x, sizes.columns * kv_block) for x in (k, v)]
+    d_q, d_k, d_v, d_floats = each(sequence, tuple(arrays), call.on_a_mesh)
     return d_q[:, : sizes.q_len], d_k[:, : sizes.kv_len], d_v[:, : sizes.kv_len], jax.tree.map(lambda x: x.sum(0), d_floats)
-
-
-def _sum(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)

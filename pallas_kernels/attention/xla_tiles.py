@@ -3,7 +3,7 @@
 Online softmax as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). With S the scores and
 P = exp(S - lse):  dV = P' dO,  dS = P * (dO V' - delta),  dQ = dS K,  dK = dS' Q,  where delta = rowsum(dO * O) - d lse.
 
-N counts the key heads (or the sequences) that are computed together, G the query heads a key head, M = G * queries.
+N counts the key heads that are computed together, times the rows if those are several; M the queries of all heads that share one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rule:
     inexact: tuple[bool, ...]  # which of these constants have gradients
 
     def score(self, raw: jax.Array, where: Where, floats: list[jax.Array], others: list[jax.Array]) -> jax.Array:
-        """Scores of products q k', [N, G, queries, keys] or in any other order in which `where` is."""
+        """Scores of products q k', in any order of axes in which `where` is."""
         score = raw * self.scale
         if self.softcap is not None:
             score = self.softcap * jnp.tanh(score / self.softcap)
@@ -78,16 +78,15 @@ class Sums(NamedTuple):
 
 
 def forward(
-    sums: Sums | None, q_NxMxD, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, group: int, masked: bool, valid
+    sums: Sums | None, q_NxMxD, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid
 ) -> Sums:
-    """Adds keys. masked: whether all of them are seen by all queries (False), or the mask has to be asked. `where` and `valid` are
-    for scores [N, G, queries, keys]."""
+    """Adds keys. apart: the shape that N and M are put apart to, where `where` and `valid` are for scores [*apart, keys]. masked:
+    whether all of them are seen by all queries (False), or the mask has to be asked."""
     raw = product("nmd,nkd->nmk", q_NxMxD, k_NxKxD)
-    n, m, keys = raw.shape
-    score = rule.score(raw.reshape(n, group, -1, keys), where, *constants)
+    score = rule.score(raw.reshape(*apart, -1), where, *constants)
     if masked:
         score = jnp.where(rule.seen(where, valid), score, -jnp.inf)
-    score = score.reshape(n, m, keys)
+    score = score.reshape(raw.shape)
     top = score.max(axis=-1, keepdims=True)
     if sums is not None:
         top = jnp.maximum(sums.top, top)
@@ -102,11 +101,10 @@ def forward(
 
 def finished(sums: Sums) -> tuple[jax.Array, jax.Array]:
     """(out [N, M, d_v], lse [N, M]): 0 and -inf where nothing was seen."""
-    finite = jnp.where(sums.top == -jnp.inf, 0, sums.top)
     none = sums.total == 0
-    return sums.values / jnp.where(none, 1, sums.total), (
-        finite + jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, sums.total)))
-    )[..., 0]
+    total = jnp.where(none, 1, sums.total)
+    lse = jnp.where(none, -jnp.inf, jnp.where(none, 0, sums.top) + jnp.log(total))
+    return sums.values / total, lse[..., 0]
 
 
 class Rows(NamedTuple):
@@ -118,22 +116,23 @@ class Rows(NamedTuple):
     delta: jax.Array
 
 
-def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, group: int, masked: bool, valid):
+def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
     """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries. clean: the keys, not finite ones zeroed.
 
-    Scores are [N, keys, G, queries] here, and so are `where` and `valid`: neither dK nor dV then needs them turned round.
+    Scores are [N, keys, M] here: neither dK nor dV then needs them turned round. apart: the shape that they are put apart to, for
+    which `where` and `valid` are.
     """
     raw = product("nkd,nmd->nkm", k_NxKxD, rows.q)
-    n, keys, m = raw.shape
     floats, others = constants
-    apart, together = (n, keys, group, m // group), (n, keys, m)
-    score, pull = jax.vjp(
-        lambda raw, floats: rule.score(raw.reshape(apart), where, floats, others).reshape(together), raw, floats
-    )
+
+    def scores(raw: jax.Array, floats: list[jax.Array]) -> jax.Array:
+        return rule.score(raw.reshape(apart), where, floats, others).reshape(raw.shape)
+
+    score, pull = jax.vjp(scores, raw, floats)
     weight = jnp.exp(score - rows.lse)
     d_score = weight * (product("nkd,nmd->nkm", v_NxKxD, rows.d_out) - rows.delta)
     if masked:
-        seen = jnp.broadcast_to(rule.seen(where, valid), apart).reshape(together)
+        seen = jnp.broadcast_to(rule.seen(where, valid), apart).reshape(raw.shape)
         weight, d_score = jnp.where(seen, weight, 0), jnp.where(seen, d_score, 0)
     d_raw, d_floats = pull(d_score)
     d_v = product("nkm,nmd->nkd", weight, rows.d_out)
