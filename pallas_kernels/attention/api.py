@@ -65,7 +65,8 @@ def sparse_attention(
     _check_qkv(q, k, v)
     b, t, h, d = q.shape
     s = k.shape[1]
-    mask, q_offset = _mask(mask, q, k, q_offset), _offset(q_offset, b)
+    q_offset = _offset(q_offset, b)
+    mask = _mask(mask, q, k, q_offset)
     if segment_ids is not None:
         segment_ids = _segments(segment_ids, b, t, s)
     if sinks is not None:
@@ -125,6 +126,9 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
             raise ValueError(f"mask: got a BlockMask of {mask.sizes.q_len} x {mask.sizes.kv_len} pairs, wanted {t} x {s}")
         if isinstance(q_offset, int) and q_offset != mask.q_offset:
             raise ValueError(f"q_offset: got {q_offset}, wanted {mask.q_offset}, which the BlockMask was made with")
+        for name, has, lists in (("heads", h, mask.heads), ("sequences", b, mask.batch)):
+            if lists not in (1, has):
+                raise ValueError(f"mask: got a BlockMask for {lists} {name}, wanted {has} as q has")
         inner = mask.mask
     elif isinstance(mask, Mask):
         inner = mask

@@ -58,14 +58,20 @@ def compiled(function: Callable[..., Any], quick: bool = True) -> Callable[..., 
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else {})
 
 
-def results(function: Callable[[Any], Any], arrays: Any, quick: bool = True) -> Results:
-    """Values, and gradients under `cotangents`, of the compiled function."""
+def runner(function: Callable[..., Any], quick: bool = True) -> Callable[..., Results]:
+    """The compiled function of (arrays, …), with gradients by the arrays under `cotangents`."""
 
-    def both(arrays):
-        values, pull = jax.vjp(function, arrays)
+    def both(arrays, *data):
+        values, pull = jax.vjp(lambda arrays: function(arrays, *data), arrays)
         return Results(values, pull(cotangents(values))[0])
 
-    return compiled(both, quick)(jax.tree.map(jnp.asarray, arrays))
+    jitted = compiled(both, quick)
+    return lambda *arguments: jitted(*jax.tree.map(jnp.asarray, arguments))
+
+
+def results(function: Callable[[Any], Any], arrays: Any, quick: bool = True) -> Results:
+    """Values, and gradients under `cotangents`, of the compiled function."""
+    return runner(function, quick)(arrays)
 
 
 def same_results(got: Results, expected: Results, forward: float = FORWARD, gradients: float = GRADIENTS) -> None:
@@ -128,18 +134,19 @@ def exact(kernel: Kernel, case: Any, arrays: dict[str, Any], values: Any) -> Res
     return kernel.oracle(case, wide, jax.tree.map(lambda x: np.asarray(x, np.float64), cotangents(values)))
 
 
-def equals_oracle(kernel: Kernel, case: Any, implementation: str | None, quick: bool = True) -> None:
-    """float32 values and gradients are the oracle's."""
-    arrays = kernel.arrays(case)
-    got = results(kernel.call(case, implementation), arrays, quick)
-    same_results(got, exact(kernel, case, arrays, got.values))
+def equals_oracle(kernel: Kernel, case: Any, got: Results) -> None:
+    """float32 values and gradients of a case are the oracle's."""
+    same_results(got, exact(kernel, case, kernel.arrays(case), got.values))
 
 
-def equals_reference(kernel: Kernel, case: Any, implementation: str | None, quick: bool = True) -> None:
-    """float32 values and gradients are the reference's."""
-    arrays = kernel.arrays(case)
-    got, expected = (results(kernel.call(case, name), arrays, quick) for name in (implementation, "reference"))
-    same_results(got, expected)
+def of_reference(kernel: Kernel, case: Any) -> Results:
+    """What others are compared with."""
+    return results(kernel.call(case, "reference"), kernel.arrays(case))
+
+
+def equals(kernel: Kernel, case: Any, implementation: str | None, expected: Results, quick: bool = True) -> None:
+    """float32 values and gradients are these."""
+    same_results(results(kernel.call(case, implementation), kernel.arrays(case), quick), expected)
 
 
 def rounds_as_plain(kernel: Kernel, case: Any, implementation: str | None, plain: Callable[[dict[str, Any]], Any]) -> None:

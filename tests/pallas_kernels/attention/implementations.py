@@ -10,12 +10,19 @@ import pytest
 
 from tests.pallas_kernels.attention.cases import CASES, Case
 
+# Cases whose like is among the others, as far as implementations go: they differ in masks, which other tests look at.
+ALIKE = (
+    "window to both sides", "window without end", "block window", "documents of one list, mixed", "dilated", "strided",
+    "global tokens", "first tokens global", "random blocks by head", "by head and document", "complement", "blocks",
+    "segments mixed", "selected", "129 and 127", "fewer queries", "alibi",
+)  # fmt: skip
 FEW = ("causal", "by head", "fewer keys, nothing seen", "everything", "traced offsets", "selected by key head")
 
 
 class Checked(NamedTuple):
-    """cases: the names of those that are run. adapted: a case as the implementation can have it, with other blocks, say.
-    context: what a call is made in, an interpreter. properties: whether what JAX does to functions is checked too."""
+    """cases: the names of those that are run (those that are ALIKE in slow tests). adapted: a case as the implementation can
+    take it, with other blocks, say. context: what a call is made in, an interpreter. properties: whether what JAX does to
+    functions is checked too."""
 
     cases: Iterable[str] = tuple(CASES)
     adapted: Callable[[Case], Case] = lambda case: case

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,25 +11,57 @@ from hypothesis import given, settings
 
 from tests.pallas_kernels.attention import cases
 from tests.pallas_kernels.attention.cases import CASES, CAUSAL, KERNEL, Case
-from tests.pallas_kernels.attention.implementations import ALL, CHECKED
+from tests.pallas_kernels.attention.implementations import ALIKE, ALL, CHECKED
 from tests.pallas_kernels.attention.strategies import calls
-from tests.pallas_kernels.kernel_base import equals_oracle, equals_reference, identical, results, rounds_as_plain, same_results
+from tests.pallas_kernels.kernel_base import (
+    Results,
+    equals,
+    equals_oracle,
+    identical,
+    of_reference,
+    results,
+    rounds_as_plain,
+    runner,
+    same_results,
+)
 
-ON_CASES = [(name, case) for name, checked in CHECKED.items() for case in checked.cases]
+
+@functools.cache
+def reference(name: str) -> Results:
+    return of_reference(KERNEL, CASES[name])
 
 
-@pytest.mark.parametrize("implementation, name", ON_CASES)
+@functools.cache
+def adapted(implementation: str, name: str) -> tuple[Case, Results]:
+    """The case as the implementation can have it, and the reference's results."""
+    case = CHECKED[implementation].adapted(CASES[name])
+    return case, reference(name) if case == CASES[name] else of_reference(KERNEL, case)
+
+
+def on_cases():
+    for implementation, checked in CHECKED.items():
+        for name in checked.cases:
+            yield pytest.param(implementation, name, marks=pytest.mark.slow if name in ALIKE else ())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_the_definition(name):
+    """Values and gradients of the reference are those of the oracle."""
+    equals_oracle(KERNEL, CASES[name], reference(name))
+
+
+@pytest.mark.parametrize("implementation, name", on_cases())
 def test_values_and_gradients_are_the_references(implementation, name):
-    checked = CHECKED[implementation]
-    with checked.context():
-        equals_reference(KERNEL, checked.adapted(CASES[name]), implementation)
+    case, expected = adapted(implementation, name)
+    with CHECKED[implementation].context():
+        equals(KERNEL, case, implementation, expected)
 
 
-@pytest.mark.parametrize("implementation, name", [(i, n) for i in CHECKED for n in ("everything", "selected by query head")])
-def test_with_all_of_the_compilers_optimizations_too(implementation, name):
-    checked = CHECKED[implementation]
-    with checked.context():
-        equals_reference(KERNEL, checked.adapted(CASES[name]), implementation, quick=False)
+@pytest.mark.parametrize("implementation", CHECKED)
+def test_with_all_of_the_compilers_optimizations_too(implementation):
+    case, expected = adapted(implementation, "everything")
+    with CHECKED[implementation].context():
+        equals(KERNEL, case, implementation, expected, quick=False)
 
 
 PLAIN = {
@@ -80,11 +114,12 @@ def test_keys_that_are_not_finite_change_only_what_sees_them(implementation, nam
         case = checked.adapted(case)
         seen = cases.seen(case)
         arrays = cases.arrays(case)
-        clean = results(cases.call(case, implementation), arrays)
+        run = runner(cases.call(case, implementation))
+        clean = run(arrays)
         for (bad, value), operand in zip(BAD.items(), ("k", "v", "k")):
             dirty = {n: x.copy() for n, x in arrays.items()}
             dirty[operand][:, where, :, 3] = value
-            got = results(cases.call(case, implementation), dirty)
+            got = run(dirty)
             touched = seen[..., where].any(-1).swapaxes(1, 2)  # [batch, q_len, heads]
             out, lse = got.values
             np.testing.assert_array_equal(np.isnan(out).all(-1), touched, bad)
@@ -124,12 +159,13 @@ def test_who_sees_nothing_gets_nothing_and_gives_nothing(implementation):
 # Cases that hypothesis makes.
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(case=calls())
 @pytest.mark.parametrize("implementation", CHECKED)
 def test_what_hypothesis_makes_equals_the_definition(implementation, case):
     with CHECKED[implementation].context():
-        equals_oracle(KERNEL, CHECKED[implementation].adapted(case), implementation)
+        case = CHECKED[implementation].adapted(case)
+        equals_oracle(KERNEL, case, results(cases.call(case, implementation), cases.arrays(case)))
 
 
 @pytest.mark.slow
@@ -139,4 +175,5 @@ def test_what_hypothesis_makes_equals_the_definition(implementation, case):
 @pytest.mark.parametrize("implementation", CHECKED)
 def test_much_of_what_hypothesis_makes_equals_the_definition(implementation, case):
     with CHECKED[implementation].context():
-        equals_oracle(KERNEL, CHECKED[implementation].adapted(case), implementation)
+        case = CHECKED[implementation].adapted(case)
+        equals_oracle(KERNEL, case, results(cases.call(case, implementation), cases.arrays(case)))

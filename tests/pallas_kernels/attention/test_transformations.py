@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import SelectedBlocks, block_mask, masks, sparse_attention
 from tests.pallas_kernels.attention.implementations import CHECKED, with_properties
-from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, results, same, same_results
+from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, results, runner, same, same_results
 
 WINDOW = block_mask(masks.window(9, 0), 37, 37, 16, 16)
 
@@ -29,6 +29,11 @@ def context(implementation):
 
 def windowed(implementation, of, mask=WINDOW, **arguments):
     return sparse_attention(of["q"], of["k"], of["v"], mask, implementation=implementation, return_lse=True, **arguments)
+
+
+def looped(one):
+    """As vmap does, but one after the other."""
+    return lambda *arguments: jax.lax.map(lambda each: one(*each), arguments)
 
 
 @with_properties
@@ -49,29 +54,19 @@ def test_vmap_over_everything_is_a_loop(implementation):
 
     with context(implementation):
         for one, data in ((packed, (segments, offsets)), (chosen, (picked,))):
-            got = results(lambda of: jax.vmap(one)(of, *data), of)  # noqa: B023 - called at once
-
-            def looped(of):
-                parts = [one(jax.tree.map(lambda x: x[i], of), *(x[i] for x in data)) for i in range(3)]  # noqa: B023
-                return jax.tree.map(lambda *x: jnp.stack(x), *parts)
-
-            same_results(got, results(looped, of))
+            same_results(runner(jax.vmap(one))(of, *data), runner(looped(one))(of, *data))
 
 
 @with_properties
 def test_vmap_over_queries_alone(implementation):
     of = operands()
-    queries = np.stack([of["q"], 2 * of["q"], -of["q"]])
+    of["q"] = np.stack([of["q"], 2 * of["q"], -of["q"]])
 
-    def mapped(of):
-        return jax.vmap(lambda q: windowed(implementation, {**of, "q": q}))(of["q"])
-
-    def looped(of):
-        parts = [windowed(implementation, {**of, "q": of["q"][i]}) for i in range(3)]
-        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    def mapped(over):
+        return lambda of: over(lambda q: windowed(implementation, {**of, "q": q}))(of["q"])
 
     with context(implementation):
-        same_results(results(mapped, {**of, "q": queries}), results(looped, {**of, "q": queries}))
+        same_results(results(mapped(jax.vmap), of), results(mapped(looped), of))
 
 
 @with_properties

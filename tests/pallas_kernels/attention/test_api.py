@@ -1,0 +1,189 @@
+"""The public function: what it takes, what it gives, and one line for what does not fit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import SelectedBlocks, api, block_mask, masks, reference, sparse_attention
+from tests.pallas_kernels.attention import oracle
+from tests.pallas_kernels.kernel_base import FORWARD, same
+
+CAUSAL = masks.causal()
+
+
+def operands(b=2, t=6, s=6, h=4, k=2, d=8, d_v=8, dtype=np.float32):
+    generator = np.random.default_rng(0)
+    shapes = (b, t, h, d), (b, s, k, d), (b, s, k, d_v)
+    return [generator.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+Q, K, V = operands()
+PICKS = np.zeros((1, 1, 2, 1), np.int32)
+
+
+def call(q=Q, k=K, v=V, mask=CAUSAL, **arguments):
+    return sparse_attention(q, k, v, mask, implementation="reference", **arguments)
+
+
+REFUSED = {
+    "q is no array": ({"q": Q.tolist()}, r"^q: got list, wanted an array$"),
+    "k of whole numbers": ({"k": K.astype(int)}, r"^k: got dtype int32, wanted one of float32, bfloat16, float16, float64$"),
+    "q of three axes": ({"q": Q[0]}, r"^q: got shape \[6, 4, 8\], wanted \[batch, length, heads, head_dim\]$"),
+    "an empty axis": ({"v": V[:, :, :, :0]}, r"^v: got shape \[2, 6, 2, 0\], wanted no empty axis$"),
+    "two dtypes": ({"v": V.astype(np.float16)}, r"^v: got dtype float16, wanted float32 as q has$"),
+    "two batches": ({"k": K[:1], "v": V[:1]}, r"^k: got shape \[1, 6, 2, 8\], wanted \[2, 6, 2, 8\] \[batch, kv_len,.* q$"),
+    "two head dimensions": ({"k": K[..., :5]}, r"^k: got shape \[2, 6, 2, 5\], wanted \[2, 6, 2, 8\]"),
+    "other values than keys": ({"v": V[:, :4]}, r"^v: got shape \[2, 4, 2, 8\], wanted \[2, 6, 2, 8\] .* beside k$"),
+    "heads that do not divide": ({"q": Q[:, :, :3]}, r"^k: got 2 heads, wanted a divisor of q's 3$"),
+    "no mask": ({"mask": None}, r"^mask: got NoneType, wanted a mask such as masks.causal\(\), a BlockMask or SelectedBlocks$"),
+    "a matrix": ({"mask": np.ones((6, 6), bool)}, r"^mask: got ndarray, wanted a mask such as"),
+    "other pairs": ({"mask": block_mask(CAUSAL, 6, 7)}, r"^mask: got a BlockMask of 6 x 7 pairs, wanted 6 x 6$"),
+    "another offset": (
+        {"mask": block_mask(CAUSAL, 6, 6, q_offset=2), "q_offset": 1},
+        r"^q_offset: got 1, wanted 2, which the BlockMask was made with$",
+    ),
+    "another offset, NumPy's": (
+        {"mask": block_mask(CAUSAL, 6, 6, q_offset=2), "q_offset": np.int64(1)},
+        r"^q_offset: got 1, wanted 2, which the BlockMask was made with$",
+    ),
+    "a mask of other heads": ({"mask": masks.per_head(*[CAUSAL] * 3)}, r"^mask: got one of 3 heads, wanted 4 as q has$"),
+    "a mask of other sequences": (
+        {"mask": masks.document(np.zeros((3, 6), int))},
+        r"^mask: got one of 3 sequences, wanted 2 as q has$",
+    ),
+    "a block mask of other heads": (
+        {"mask": block_mask(masks.from_function(lambda b, h, q, kv: kv <= q + h), 6, 6, heads=3)},
+        r"^mask: got a BlockMask for 3 heads, wanted 4 as q has$",
+    ),
+    "a block mask of other sequences": (
+        {"mask": block_mask(masks.from_function(lambda b, h, q, kv: kv <= q + b), 6, 6, batch=3)},
+        r"^mask: got a BlockMask for 3 sequences, wanted 2 as q has$",
+    ),
+    "selected for other heads": (
+        {"mask": SelectedBlocks(np.zeros((1, 3, 2, 1), np.int32), 4, 4, CAUSAL)},
+        r"^mask.index: got int32\[1, 3, 2, 1\], wanted integers \[1 or 2, heads: 1, 2, 4, 2, count\]$",
+    ),
+    "selected for other rows": ({"mask": SelectedBlocks(PICKS, 2, 4, CAUSAL)}, r"^mask.index: got int32\[1, 1, 2, 1\], wanted"),
+    "selected by fractions": ({"mask": SelectedBlocks(PICKS * 1.0, 4, 4, CAUSAL)}, r"^mask.index: got float32\[1, 1, 2, 1\]"),
+    "a fraction as offset": ({"q_offset": 1.5}, r"^q_offset: got float32\[\], wanted a whole number, or .* \[\] or \[2\]$"),
+    "offsets of other sequences": ({"q_offset": np.zeros(3, int)}, r"^q_offset: got int32\[3\], wanted"),
+    "segments of other keys": ({"segment_ids": np.zeros((2, 5), int)}, r"^segment_ids: got shape \[2, 5\], wanted \[2, 6\]"),
+    "three segments": ({"segment_ids": (np.zeros((2, 6), int),) * 3}, r"^segment_ids: got 3 arrays, wanted one or a pair"),
+    "segments of fractions": ({"segment_ids": np.zeros((2, 6))}, r"^segment_ids: got dtype float32, wanted integers$"),
+    "sinks of other heads": ({"sinks": np.zeros(2, np.float32)}, r"^sinks: got shape \[2\], wanted \[4\] \[q_heads\]$"),
+    "whole sinks": ({"sinks": np.zeros(4, int)}, r"^sinks: got dtype int32, wanted one of"),
+    "a softcap of nothing": ({"softcap": 0}, r"^softcap: got 0, wanted a positive Python number or None$"),
+    "a softcap that is traced": ({"softcap": jnp.float32(2)}, r"^softcap: got .*, wanted a positive Python number or None$"),
+    "an endless scale": ({"scale": float("inf")}, r"^scale: got inf, wanted a finite Python number or None$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_one_line(name):
+    """That names the argument, what was got and what is wanted; before anything is computed, also under jit."""
+    arguments, says = REFUSED[name]
+    with pytest.raises(ValueError, match=says):
+        call(**arguments)
+
+
+def test_an_unknown_implementation_is_told_the_nearest():
+    with pytest.raises(ValueError, match=r"implementation='reference_'; allowed: None, .*; nearest: 'reference'$"):
+        sparse_attention(Q, K, V, CAUSAL, implementation="reference_")
+
+
+def test_none_falls_back_where_the_best_does_not_support_the_call(monkeypatch):
+    """And a name does not: its NotImplementedError, which names the argument, arrives."""
+
+    def refuses(q, k, v, mask, *, softcap, **others):
+        if softcap is not None:
+            raise NotImplementedError("softcap: not here")
+        return reference.attend(q * 0, k, v, mask, softcap=softcap, **others)
+
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"xla": refuses, "reference": reference.attend})
+    expected = call(softcap=2.0)
+    np.testing.assert_array_equal(sparse_attention(Q, K, V, CAUSAL, softcap=2.0), expected)
+    assert np.abs(sparse_attention(Q, K, V, CAUSAL) - call()).max() > 0.1  # the best was taken
+    with pytest.raises(NotImplementedError, match="^softcap: not here$"):
+        sparse_attention(Q, K, V, CAUSAL, softcap=2.0, implementation="xla")
+
+
+def exact(q, k, v, spec, offset=(0,), **arguments):
+    seen = oracle.table(spec, q.shape[0], q.shape[2], q.shape[1], k.shape[1], offset)
+    wide = {name: np.asarray(x, np.float64) for name, x in zip("qkv", (q, k, v))}
+    shape = (*q.shape[:3], v.shape[3])
+    return oracle.attention(seen, wide, (np.zeros(shape), np.zeros(shape[:3])), offset=offset, **arguments).values
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_results_have_the_dtype_of_the_queries_and_sums_are_float32(dtype):
+    q, k, v = (jnp.asarray(x).astype(dtype) for x in operands())
+    out, lse = call(q, k, v, return_lse=True)
+    assert out.dtype == dtype and out.shape == (2, 6, 4, 8)
+    assert lse.dtype == jnp.float32 and lse.shape == (2, 6, 4)
+    same(lse, exact(q, k, v, ["causal"])[1], FORWARD)
+    assert isinstance(call(q, k, v), jax.Array)
+
+
+def test_float64_is_computed_in_float64():
+    with jax.enable_x64(True):
+        q, k, v = operands(dtype=np.float64)
+        out, lse = call(q, k, v, return_lse=True)
+        assert out.dtype == lse.dtype == jnp.float64
+        same((out, lse), exact(q, k, v, ["causal"]), 1e-13)
+
+
+def test_numpy_arrays_are_taken_and_wide_ones_narrowed_as_jax_does():
+    """Operands, segments, offsets, sinks, selections."""
+    q, k, v = operands(dtype=np.float64)
+    segments = np.array([[0, 0, 0, 1, 1, 1]] * 2)
+    arguments = {"segment_ids": segments, "sinks": np.zeros(4), "q_offset": np.int64(0)}
+    got = call(q, k, v, SelectedBlocks(PICKS, 4, 4, CAUSAL), **arguments)
+    arguments = {"segment_ids": (jnp.asarray(segments),) * 2, "sinks": jnp.zeros(4), "q_offset": 0}
+    expected = call(*map(jnp.asarray, (q, k, v)), SelectedBlocks(jnp.asarray(PICKS), 4, 4, CAUSAL), **arguments)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_offsets_may_be_whole_numbers_of_any_kind():
+    """Of Python and NumPy, of JAX, by sequence; known or traced."""
+    q = Q[:, :2]
+    expected = exact(q, K, V, ["window", 2, 0], (3,))[0]
+    for offset in (3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3), np.array([3, 3]), jnp.array([3, 3], jnp.int16)):
+        same(call(q=q, mask=masks.window(2, 0), q_offset=offset), expected, FORWARD)
+    apart = call(q=q, mask=masks.window(2, 0), q_offset=np.array([3, 0]))
+    same(apart, exact(q, K, V, ["window", 2, 0], (3, 0))[0], FORWARD)
+
+
+def test_the_scale_is_that_of_the_keys_dimension_unless_given():
+    q, k, v = operands(d=8, d_v=5)
+    same(call(q, k, v), exact(q, k, v, ["causal"], scale=8**-0.5)[0], FORWARD)
+    for scale in (0.3, -0.3, 0, 2):
+        same(call(q, k, v, scale=scale), exact(q, k, v, ["causal"], scale=scale)[0], FORWARD)
+
+
+def test_score_mod_is_called_with_whole_indices_that_broadcast_to_the_scores():
+    """As FlexAttention calls it; queries are counted from q_offset."""
+    seen = {}
+
+    def mod(score, b, h, q, kv):
+        seen.update(score=score, indices=(b, h, q, kv))
+        return score + 0.1 * (q - 2 * kv) + h - 0.5 * b
+
+    out, lse = call(score_mod=mod, q_offset=3, return_lse=True)
+    assert all(jnp.issubdtype(x.dtype, jnp.integer) for x in seen["indices"])
+    assert np.broadcast_shapes(*(x.shape for x in seen["indices"]), seen["score"].shape) == seen["score"].shape
+    by_b = [exact(Q[b : b + 1], K[b : b + 1], V[b : b + 1], ["causal"], (3,), mod=lambda score, h, q, kv, arrays, b=b: (
+        score + 0.1 * (q - 2 * kv) + h - 0.5 * b, 1, {})) for b in range(2)]  # fmt: skip
+    same((out, lse), tuple(np.concatenate(x) for x in zip(*by_b)), FORWARD)
+
+
+def test_a_block_mask_is_its_mask():
+    """Also one made for a known offset, or for any when the offset is data."""
+    mask = masks.window(2, 1)
+    np.testing.assert_array_equal(call(mask=block_mask(mask, 6, 6, 4, 4)), call(mask=mask))
+    offset = block_mask(mask, 6, 6, 4, 4, q_offset=2)
+    np.testing.assert_array_equal(call(mask=offset, q_offset=2), call(mask=mask, q_offset=2))
+    np.testing.assert_array_equal(call(mask=offset, q_offset=jnp.int32(1)), call(mask=mask, q_offset=1))
