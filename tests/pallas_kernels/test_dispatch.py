@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
 
@@ -67,7 +68,9 @@ def test_the_platform_decides_which_are_tried(monkeypatch, backend, first):
 @pytest.mark.parametrize("kind, platform", [("TPU v5 lite", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu"), ("cpu", "cpu")])
 def test_a_mesh_of_devices_that_are_not_here_decides_before_the_backend(kind, platform):
     """So that what is compiled for a TPU from a CPU takes the TPU's kernel."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1)
+    fields = inspect.signature(AbstractDevice).parameters  # newer versions of jax have the platform, too
+    given = {"device_kind": kind, "num_cores": 1, "platform": platform}
+    device = AbstractDevice(**{name: given[name] for name in fields})
     with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",), abstract_device=device)):
         assert dispatch.platform() == platform
     assert dispatch.platform() == "cpu"
