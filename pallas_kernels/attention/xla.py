@@ -26,8 +26,7 @@ class Call(NamedTuple):
 
     rule: Rule
     listed: Mask | BlockMask | None  # what lists are made from; None if from SelectedBlocks
-    forward: Sizes
-    backward: Sizes
+    sizes: Sizes
     q_offset: int | None  # None: it is data
     on_a_mesh: bool  # then nothing may loop over sequences, which a mesh may split
 
@@ -53,18 +52,17 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     selected = mask if isinstance(mask, SelectedBlocks) else None
     inner = mask if isinstance(mask, Mask) else mask.mask
     if selected is not None:
-        forward = backward = Sizes(t, s, selected.q_block, selected.kv_block)
+        sizes = Sizes(t, s, selected.q_block, selected.kv_block)
     elif isinstance(mask, BlockMask):
-        forward = backward = mask.sizes
+        sizes = mask.sizes
     else:
-        forward, backward = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
-    score_mod, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
+        sizes = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
     static = q_offset if isinstance(q_offset, int) else None
+    score_mod, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     call = Call(
         Rule(inner, scale, softcap, score_mod, inexact),
         None if selected is not None else mask,
-        forward,
-        backward,
+        sizes,
         static,
         not jax.sharding.get_abstract_mesh().empty,
     )

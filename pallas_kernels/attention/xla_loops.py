@@ -67,7 +67,7 @@ def _per_piece(data: Any, batch: int, pieces: int) -> tuple[jax.Array, Any]:
 
 def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Array]:
     """(out [batch, q_len, q_heads, d_v], lse [batch, q_len, q_heads])."""
-    sizes, rule, constants = call.forward, call.rule, (floats, data.others)
+    sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     batch, heads = q.shape[0], q.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     lists = _lists(call, data, sizes, batch, heads, False)
@@ -110,7 +110,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
 
 def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     """Gradients of q, k, v and floats."""
-    sizes, rule, constants = call.backward, call.rule, (floats, data.others)
+    sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
     lists = _lists(call, data, sizes, batch, heads, True)
     pieces = heads if lists.row.shape[1] > 1 else 1

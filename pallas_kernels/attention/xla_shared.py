@@ -15,8 +15,8 @@ from pallas_kernels.attention.lists import Sizes, transposed
 from pallas_kernels.attention.xla_pieces import Piece, added, each, heads_first, heads_last, padded, positions, spread, taken
 from pallas_kernels.attention.xla_plan import Group, Hashed, plan
 
-AT_ONCE = 1 << 18  # scores that are computed together: what stays in cache
-UNROLLED = 2  # chunks; more are a loop
+AT_ONCE = 1 << 20  # scores that are computed together
+UNROLLED = 4  # chunks; a loop of more would keep rows from being computed beside each other
 BESIDE = 2  # loops that do not wait for each other
 
 
@@ -88,7 +88,7 @@ def _unblocked(x_RxNxMx: jax.Array, group: int) -> jax.Array:
 
 def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Array]:
     """(out [batch, q_len, q_heads, d_v], lse [batch, q_len, q_heads])."""
-    sizes, rule, constants = call.forward, call.rule, (floats, data.others)
+    sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     heads, size = q.shape[2], q.shape[2] // k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     groups = _groups(call, sizes, False, heads)
@@ -131,7 +131,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
 
 def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     """Gradients of q, k, v and floats."""
-    sizes, rule, constants = call.backward, call.rule, (floats, data.others)
+    sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     heads, size = q.shape[2], q.shape[2] // k.shape[2]
     groups = _groups(call, sizes, True, heads)
     q_block, kv_block = sizes.q_block, sizes.kv_block
