@@ -33,10 +33,9 @@ TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {  # (implementation, device k
         Entry(1, 256, forward=Blocks(512, 512), backward=Blocks(256, 512)),
         Entry(1, 512, forward=Blocks(256, 512), backward=Blocks(256, 256)),
     ),
-    # Through Triton, which cuts them further; head_dim is counted in elements of 2 bytes.
-    ("gpu", "*"): (
-        Entry(17, 512, forward=Blocks(128, 64), backward=Blocks(64, 64)),
-        Entry(1, 512, forward=Blocks(16, 64), backward=Blocks(16, 64)),
+    ("gpu", "*"): (  # through Triton, which cuts them further
+        Entry(17, 256, forward=Blocks(128, 64), backward=Blocks(64, 64)),
+        Entry(1, 256, forward=Blocks(16, 64), backward=Blocks(16, 64)),
     ),
     ("gpu", "hopper"): (Entry(1, 128, forward=Blocks(128, 128), backward=Blocks(64, 64)),),  # through Mosaic GPU
 }

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_call
 from pallas_kernels.attention.blocks import Blocks, block_sizes
-from pallas_kernels.attention.gpu_call import LEAST, Data, Lists, Spec, like, own_blocks, power_of_two
+from pallas_kernels.attention.gpu_call import LEAST, Data, Lists, Spec, like, own_blocks
 from pallas_kernels.attention.gpu_lists import Visits
 
 LOG2E = math.log2(math.e)
@@ -41,18 +41,26 @@ class Tuning(NamedTuple):
     stages: int
 
 
-def tuning(kernel: Literal["forward", "dkv", "dq"], blocks: Blocks, width: int) -> Tuning:
-    """Chosen so that ptxas reports no spills and an A100's shared memory is enough. width: bytes of the wider of a key and a
-    value, to the next power of two."""
-    q, kv, warps, stages = next(row for most, row in TUNING[kernel] if width <= most)
-    return Tuning(_tile("q", blocks.q, q), _tile("kv", blocks.kv, kv), warps, stages)
-
-
-TUNING = {  # kernel -> (width up to, (queries, keys, warps, stages))
-    "forward": ((128, (64, 64, 4, 3)), (256, (64, 32, 4, 3)), (512, (32, 32, 4, 2)), (1024, (16, 16, 4, 1))),
-    "dkv": ((128, (32, 64, 4, 2)), (256, (32, 64, 8, 2)), (512, (16, 32, 4, 1)), (1024, (16, 16, 4, 1))),
-    "dq": ((128, (64, 64, 8, 3)), (256, (64, 64, 8, 2)), (512, (32, 32, 4, 2)), (1024, (16, 16, 4, 1))),
+TUNING = {  # bytes of an element, head dimension up to -> kernel -> queries, keys, warps, stages
+    (2, 64): {"forward": (64, 64, 4, 3), "dkv": (32, 64, 4, 2), "dq": (64, 64, 8, 3)},
+    (2, 128): {"forward": (64, 32, 4, 3), "dkv": (32, 64, 8, 2), "dq": (64, 64, 8, 2)},
+    (2, 256): {"forward": (64, 32, 8, 2), "dkv": (32, 32, 8, 2), "dq": (32, 64, 8, 2)},
+    (4, 32): {"forward": (64, 32, 8, 2), "dkv": (16, 32, 8, 1), "dq": (64, 32, 8, 2)},
+    (4, 64): {"forward": (32, 32, 4, 2), "dkv": (32, 32, 8, 2), "dq": (32, 64, 8, 2)},
+    (4, 128): {"forward": (32, 16, 4, 1), "dkv": (16, 16, 8, 1), "dq": (16, 16, 8, 1)},
 }
+
+
+def tuning(kernel: Literal["forward", "dkv", "dq"], blocks: Blocks, q: jax.Array, v: jax.Array) -> Tuning:
+    """The largest tiles seen with which ptxas reports no spills for A100, H100 and B200, in a call with all features at once,
+    and which fit an A100's shared memory. Which are the fastest is not known: no GPU was there."""
+    d, size = max(q.shape[3], v.shape[3]), q.dtype.itemsize
+    rows = [row for (of, most), row in TUNING.items() if of == size and d <= most]
+    if not rows:
+        most = max(most for of, most in TUNING if of == size)
+        raise NotImplementedError(f"q: {q.dtype} has head dimensions up to {most}, got {d}")
+    q_tile, kv_tile, warps, stages = rows[0][kernel]
+    return Tuning(_tile("q", blocks.q, q_tile), _tile("kv", blocks.kv, kv_tile), warps, stages)
 
 
 def _tile(name: str, block: int, most: int) -> int:
@@ -76,10 +84,9 @@ def check(q: jax.Array, v: jax.Array, mask: Any) -> tuple[Blocks, Blocks]:
     """The blocks of the lists of both passes. Raises NotImplementedError where the kernels cannot be had."""
     if q.dtype == jnp.float64:
         raise NotImplementedError("q: float64")
-    width = max(q.shape[3], v.shape[3]) * q.dtype.itemsize
-    blocks = own_blocks(mask) or block_sizes("gpu", "*", q.shape[1], width // 2)
+    blocks = own_blocks(mask) or block_sizes("gpu", "*", q.shape[1], max(q.shape[3], v.shape[3]))
     for kernel, each in (("forward", blocks[0]), ("dkv", blocks[1]), ("dq", blocks[1])):
-        tuning(kernel, each, power_of_two(width))
+        tuning(kernel, each, q, v)
     return blocks
 
 
@@ -241,7 +248,7 @@ def _forward_kernel(spec: Spec, tiles: Tuning, groups: int, q_ref, k_ref, v_ref,
 
 def forward(spec: Spec, q, k, v, sinks, data: Data):
     b, t, h, _ = q.shape
-    tiles = tuning("forward", spec.forward, max(q.shape[3], v.shape[3]) * q.dtype.itemsize)
+    tiles = tuning("forward", spec.forward, q, v)
     return pl.pallas_call(
         functools.partial(_forward_kernel, spec, tiles, h // k.shape[2]),
         grid=(-(-spec.q_len // spec.forward.q) * (spec.forward.q // tiles.q), h, b),
@@ -359,10 +366,9 @@ def backward(spec: Spec, q, k, v, sinks, data: Data, out, lse, d_out, d_lse):
     # infinite log-sum-exp.
     nothing = (lse == -jnp.inf) | (jnp.arange(t) >= spec.q_len)
     delta, lse2 = jnp.where(nothing, 0, delta), jnp.where(nothing, jnp.inf, lse * LOG2E)
-    width = max(q.shape[3], v.shape[3]) * q.dtype.itemsize
     lists = _arrays(data.backward)
     arguments = (q, k, v, d_out, lse2, delta)
-    tiles = tuning("dkv", spec.backward, width)
+    tiles = tuning("dkv", spec.backward, q, v)
     dk, dv = pl.pallas_call(
         functools.partial(_dkv_kernel, spec, tiles, h // kv_heads),
         grid=(-(-spec.kv_len // spec.backward.kv) * (spec.backward.kv // tiles.kv), kv_heads, b),
@@ -371,7 +377,7 @@ def backward(spec: Spec, q, k, v, sinks, data: Data, out, lse, d_out, d_lse):
         interpret=bool(spec.interpret),
         name="sparse_attention_dkv",
     )(*arguments, lists._replace(rows=None), data.q_offset, data.segments)
-    tiles = tuning("dq", spec.backward, width)
+    tiles = tuning("dq", spec.backward, q, v)
     dq = pl.pallas_call(
         functools.partial(_dq_kernel, spec, tiles, h // kv_heads),
         grid=(-(-spec.q_len // spec.backward.q) * (spec.backward.q // tiles.q), h, b),
