@@ -40,9 +40,8 @@ class Hashed(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan(hashed: Hashed, at_once: int) -> tuple[Group, ...]:
-    """Groups in the order of their first rows. at_once: the most blocks that are computed together (one, if below)."""
-    blocks, at_once = at_once, max(1, at_once)
+def plan(hashed: Hashed, at_once: int, band: int) -> tuple[Group, ...]:
+    """Groups in the order of their first rows. at_once: the most blocks of a row that are computed together; band: of several."""
     row, column, kind = (np.frombuffer(x, np.int32) for x in hashed)
     count = int(row[-1]) + 1
     full, rest = [], []
@@ -84,7 +83,7 @@ def plan(hashed: Hashed, at_once: int) -> tuple[Group, ...]:
             bool(asked) or not valid.all(),
             1,
         )
-        groups.extend(_cut(whole, blocks))
+        groups.extend(_cut(whole, band))
     return tuple(groups)
 
 

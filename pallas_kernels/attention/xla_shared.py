@@ -16,14 +16,17 @@ from pallas_kernels.attention.xla_pieces import Piece, added, each, heads_first,
 from pallas_kernels.attention.xla_plan import Group, Hashed, plan
 
 AT_ONCE = 1 << 20  # scores that are computed together
+BAND = 1 << 19  # those of several rows of a loop
 UNROLLED = 4  # chunks; a loop of more would keep rows from being computed beside each other
 BESIDE = 2  # loops that do not wait for each other
+ROWS = 2  # steps of a loop that are beside each other
 
 
 def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, ...]:
     lists = block_lists(call.listed, sizes, 1, 1, call.q_offset, None)
     lists = transposed(lists, sizes.columns) if by_key else lists
-    return plan(Hashed.of(lists), AT_ONCE // (heads * sizes.q_block * sizes.kv_block))
+    block = heads * sizes.q_block * sizes.kv_block
+    return plan(Hashed.of(lists), max(1, AT_ONCE // block), BAND // block)
 
 
 def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
@@ -34,7 +37,7 @@ def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, 
     steps = jax.tree.map(lambda x: x.reshape(count, group.together, *x.shape[1:]), arrays)
     if count == 1:
         return one(carry, *jax.tree.map(lambda x: x[0], steps))
-    carry, results = jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, steps))
+    carry, results = jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, steps), unroll=ROWS)
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
