@@ -21,9 +21,12 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def compare(work: str, sides: dict[str, Callable[[], Any]], rounds: int = 10, warm_up: int = 2) -> dict[str, Any]:
+def compare(
+    work: str, sides: dict[str, Callable[[], Any]], rounds: int = 10, warm_up: int = 2, pause: float = 0.0
+) -> dict[str, Any]:
     """A row: each side's median, min and max seconds over `rounds` interleaved calls, after `warm_up` calls and a compilation
-    that are timed apart. The first side is ours."""
+    that are timed apart. The first side is ours. pause: seconds before each call that is timed, for threads of the side before
+    to fall asleep."""
     row: dict[str, Any] = {"work": work, "rounds": rounds, "sides": {}}
     first = {name: seconds(call) for name, call in sides.items()}
     for _ in range(warm_up):
@@ -32,6 +35,7 @@ def compare(work: str, sides: dict[str, Callable[[], Any]], rounds: int = 10, wa
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
+            time.sleep(pause)
             times[name].append(seconds(call))
     for name, taken in times.items():
         row["sides"][name] = {

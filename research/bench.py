@@ -43,12 +43,24 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Each side's median with its range, and how many times as fast ours is as the peer: above 1, ours is faster."""
     out = []
     for row in rows:
+        if "sides" not in row:
+            continue
         (ours, mine), *others = row["sides"].items()
         for i, (name, side) in enumerate([(ours, mine), *others]):
             speed = f"{side['median'] / mine['median']:.2f}x" if i else ""
             spread = f"{side['median'] * 1e3:.2f} ({side['min'] * 1e3:.2f} to {side['max'] * 1e3:.2f})"
             out.append((row["work"] if not i else "", name, spread, f"{side['first_call']:.2f}", speed))
     return Table("Benchmark", ("work", "side", "median ms (range)", "first call s", "ours is faster by"), out)
+
+
+def facts(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What rows say that is no time: counts, sizes, slopes."""
+    out = []
+    for row in rows:
+        for i, (side, found) in enumerate(row.get("facts", {}).items()):
+            for j, (name, value) in enumerate(found.items()):
+                out.append(("" if i or j else row["work"], "" if j else side, name, str(value)))
+    return Table("Counts, which are no times", ("work", "side", "what", "value"), out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = FOLDER / f"{args.name}.py"
         python = peers_python() if needs_peers(script) else sys.executable
         rows = measured(python, script)
-        print(cli.table(ratios(rows)))
+        for shown in (ratios(rows), facts(rows)):
+            if shown.rows:
+                print(cli.table(shown))
         if not args.dry_run:
             keep(args.name, rows)
         return 0
