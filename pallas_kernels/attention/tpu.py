@@ -56,8 +56,9 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         segments=segment_ids is not None, interpret=interpret,
     )  # fmt: skip
     offset = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1,))
-    finite = (jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1)).swapaxes(1, 2)[..., None]
-    k, v = (_lanes(jnp.where(jnp.isfinite(x), x, 0)).swapaxes(1, 2) for x in (k, v))
+    k, v = (_lanes(x).swapaxes(1, 2) for x in (k, v))
+    finite = jnp.isfinite(k).all(-1, keepdims=True) & jnp.isfinite(v).all(-1, keepdims=True)
+    k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     spoilt = jnp.where(finite, 0, jnp.nan).astype(k.dtype)
     folded = _lanes(q).reshape(b, t, h // fold, fold, -1).swapaxes(1, 2).reshape(b, h // fold, t * fold, -1)
     out, lse = _attention(call, layouts, folded, k, v, spoilt, sinks, lists, offset, segment_ids)

@@ -20,9 +20,8 @@ from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL
 from pallas_kernels.attention.tpu_common import Call, Layout, Lists
 
 SUB = 512  # keys that are looked at together
-SLOTS = 3  # blocks of dq in VMEM: one that is written back, one that is added to, one that is fetched ahead
 NONE = -1
-HELD, AHEAD, WRITING, SLOT = range(4)  # the accumulator's words of scalar memory
+HELD, TURNS = range(2)  # the accumulator's words of scalar memory: which block it holds, and how many there were
 
 
 def backward(call: Call, layout: Layout, q, k, v, lists: Lists, offset, segments, do, rows_of):
@@ -56,7 +55,7 @@ def backward(call: Call, layout: Layout, q, k, v, lists: Lists, offset, segments
         return b, head(o, 0) // call.group if call.group > 1 else o, common.row_of(words[entry(b, o, i)]), 0
 
     def key_out(b, o, i, g, words, *_):
-        return b, o, common.row_of(words[entry(b, o, i)]), 0
+        return b, o, 0, common.row_of(words[entry(b, o, i)])
 
     operands = [q, k, v, do, rows_of]
     specs = [
@@ -83,9 +82,9 @@ def backward(call: Call, layout: Layout, q, k, v, lists: Lists, offset, segments
                 (None, sizes.kv_block, lanes), lambda b, o, i, g, words, *_: (b, common.row_of(words[entry(b, o, i)]), 0)
             ),
         ]
-    blocks = jax.ShapeDtypeStruct((b, h * sizes.rows, rows, d), jnp.float32)
+    blocks = jax.ShapeDtypeStruct((b, h * sizes.rows, d, rows), jnp.float32)
     operands.append(jnp.zeros(blocks.shape, blocks.dtype))
-    specs.append(pl.BlockSpec(memory_space=pl.ANY))
+    specs.append(pl.BlockSpec(memory_space=pltpu.HBM))
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, call, layout, inner, lists.which is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -93,29 +92,32 @@ def backward(call: Call, layout: Layout, q, k, v, lists: Lists, offset, segments
             grid=(b, outer, layout.n, inner),
             in_specs=specs,
             out_specs=[
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec((None, None, sizes.kv_block, d), key_out),
-                pl.BlockSpec((None, None, sizes.kv_block, d_v), key_out),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+                pl.BlockSpec((None, None, d, sizes.kv_block), key_out),
+                pl.BlockSpec((None, None, d_v, sizes.kv_block), key_out),
             ],
             scratch_shapes=[
-                pltpu.VMEM((SLOTS, rows, d), jnp.float32),
-                pltpu.SMEM((4,), jnp.int32),
-                pltpu.SemaphoreType.DMA((SLOTS,)),
-                pltpu.SemaphoreType.DMA((SLOTS,)),
+                pltpu.VMEM((2, d, rows), jnp.float32),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=[
             blocks,
-            jax.ShapeDtypeStruct((b, outer, kv_len, d), jnp.float32),
-            jax.ShapeDtypeStruct((b, outer, kv_len, d_v), jnp.float32),
+            jax.ShapeDtypeStruct((b, outer, d, kv_len), jnp.float32),
+            jax.ShapeDtypeStruct((b, outer, d_v, kv_len), jnp.float32),
         ],
         input_output_aliases={len(scalars) + len(operands) - 1: 0},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), disable_bounds_checks=True
+        ),
         cost_estimate=_cost(call, layout, q, k, v),
         interpret=call.interpret,
         name="sparse_attention_backward",
     )(*scalars, *operands)
-    return dq.reshape(q.shape), dk, dv
+    dq = dq.reshape(b, h, sizes.rows, d, rows).swapaxes(3, 4).reshape(q.shape)
+    return dq, dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
 
 def _cost(call: Call, layout: Layout, q, k, v) -> pl.CostEstimate | None:
@@ -133,16 +135,16 @@ def _cost(call: Call, layout: Layout, q, k, v) -> pl.CostEstimate | None:
 
 
 class _Accumulator:
-    """Sums blocks [rows, d] of an HBM array in VMEM: reads a block, lets it be added to, and writes it back when another comes.
+    """Sums blocks of an HBM array in VMEM: a block is read, added to for as many steps as it is the same, and written back when
+    another one comes. A step reads its block while it computes, and writes that of the step before, from the other slot.
 
-    Three slots go round: while one is added to, the one after it is filled with the block of the next step, and the one before
-    it is on its way back. Two rules keep it free of races. A slot is filled only after its write has ended: the write before
-    last is waited for when another one starts. A block is read only after its write has ended: one that is being written is not
-    fetched ahead, and whoever needs it waits.
+    It is free of races by one rule: who turns to another block waits first for the last write that was started, that of the
+    block before the held one. So its slot is free for the block to come; and whichever that is, no write of it is under way,
+    since the write that starts now is of another.
     """
 
-    def __init__(self, blocks: Any, slots: Any, words: Any, reads: Any, writes: Any):
-        self.blocks, self.slots, self.words, self.reads, self.writes = blocks, slots, words, reads, writes
+    def __init__(self, blocks: Any, slots: Any, state: Any, reads: Any, writes: Any):
+        self.blocks, self.slots, self.state, self.reads, self.writes = blocks, slots, state, reads, writes
 
     def _read(self, block: Any, slot: Any) -> Any:
         return pltpu.make_async_copy(self.blocks.at[block], self.slots.at[slot], self.reads.at[slot])
@@ -151,69 +153,38 @@ class _Accumulator:
         return pltpu.make_async_copy(self.slots.at[slot], self.blocks.at[block], self.writes.at[slot])
 
     def start(self) -> None:
-        for word in (HELD, AHEAD, WRITING):
-            self.words[word] = NONE
-        self.words[SLOT] = 0
+        self.state[HELD] = NONE
+        self.state[TURNS] = 0
 
-    def _await_write(self) -> None:
-        self._write(self.words[WRITING], _before(self.words[SLOT])).wait()
-        self.words[WRITING] = NONE
+    def _write_held(self, held: Any, turns: Any) -> None:
+        # an earlier block is on its way back as soon as there were two; a copy is waited for by its size
+        pl.when(turns >= 2)(lambda: self._write(0, (turns - 1) & 1).wait())
+        pl.when(turns >= 1)(lambda: self._write(held, turns & 1).start())
 
-    def turn_to(self, block: Any) -> None:
-        """Makes `block` the one in `slot`."""
+    def turn_to(self, block: Any, needed: Any) -> Any:
+        """Starts to read `block` where it is `needed` and is not held. Returns whether it did: then `add` has to wait."""
+        held, turns = self.state[HELD], self.state[TURNS]
+        turned = needed & (held != block)
 
-        @pl.when(self.words[HELD] != block)
+        @pl.when(turned)
         def _():
-            pl.when(self.words[WRITING] != NONE)(self._await_write)
-            slot = self.words[SLOT]
+            self._write_held(held, turns)
+            self._read(block, (turns + 1) & 1).start()
+            self.state[HELD] = block
+            self.state[TURNS] = turns + 1
 
-            @pl.when(self.words[HELD] != NONE)
-            def _():
-                self._write(self.words[HELD], slot).start()
-                self.words[WRITING] = self.words[HELD]
+        return turned
 
-            after = _after(slot)
-            self.words[SLOT] = after
-
-            @pl.when(self.words[AHEAD] != block)
-            def _():
-                pl.when(self.words[WRITING] == block)(self._await_write)
-                self._read(block, after).start()
-
-            self.words[AHEAD] = NONE
-            self.words[HELD] = block
-            self._read(block, after).wait()
-
-    def fetch_ahead(self, block: Any) -> None:
-        """Starts to read the block of the next step."""
-        fresh = (block != self.words[HELD]) & (block != self.words[WRITING])
-
-        @pl.when(fresh)
-        def _():
-            self._read(block, _after(self.words[SLOT])).start()
-            self.words[AHEAD] = block
-
-    def add(self, value: Any) -> None:
-        slot = self.words[SLOT]
+    def add(self, value: Any, turned: Any) -> None:
+        slot = self.state[TURNS] & 1
+        pl.when(turned)(lambda: self._read(0, slot).wait())
         self.slots[slot] = self.slots[slot] + value
 
     def finish(self) -> None:
-        """Writes what is left, and waits for it."""
-        pl.when(self.words[WRITING] != NONE)(self._await_write)
-
-        @pl.when(self.words[HELD] != NONE)
-        def _():
-            last = self._write(self.words[HELD], self.words[SLOT])
-            last.start()
-            last.wait()
-
-
-def _after(slot: Any) -> Any:
-    return jnp.where(slot == SLOTS - 1, 0, slot + 1)
-
-
-def _before(slot: Any) -> Any:
-    return jnp.where(slot == 0, SLOTS - 1, slot - 1)
+        """Writes what is held, and waits for it."""
+        held, turns = self.state[HELD], self.state[TURNS]
+        self._write_held(held, turns)
+        pl.when(turns >= 1)(lambda: self._write(0, turns & 1).wait())
 
 
 def _kernel(call: Call, layout: Layout, inner: int, patterned: bool, words, offset, *refs: Any) -> None:
@@ -245,16 +216,7 @@ def _kernel(call: Call, layout: Layout, inner: int, patterned: bool, words, offs
         dk_ref[...] = jnp.zeros_like(dk_ref)
         dv_ref[...] = jnp.zeros_like(dv_ref)
 
-    @pl.when(kind != EMPTY)
-    def _():
-        dq.turn_to(mine)
-        wraps = g == inner - 1
-        next_entry = jnp.minimum(i + wraps.astype(jnp.int32), layout.n - 1)
-        next_word = words[start + next_entry]
-        next_head = o * inner + jnp.where(wraps, 0, g + 1)
-        follows = ((i < layout.n - 1) | ~wraps) & ((next_word & common.KIND) != EMPTY)
-        upcoming = next_head * sizes.rows + common.column_of(next_word)
-        pl.when(follows)(lambda: dq.fetch_ahead(upcoming))
+    turned = dq.turn_to(mine, kind != EMPTY)
 
     def block(masked: bool) -> None:
         q, do = q_ref[...], do_ref[...]
@@ -267,24 +229,26 @@ def _kernel(call: Call, layout: Layout, inner: int, patterned: bool, words, offs
                 at = common.place(call, sizes, b, h, shift, common.column_of(word), kv_first, sub, q_axis=1)
             k, v = k_ref[here], v_ref[here]
             product = common.dot(call, k, q, common.NT)
+            dp = common.dot(call, v, do, common.NT)
             x, pull = common.differentiated(call, at, product)
-            p = jnp.exp2(x - lse)
+            x = x - lse
             if masked:
                 pattern = pattern_ref[here] if patterned else None
                 ids = (None, None)
                 if call.segments:
                     ids = q_segments_ref[...], common.across(kv_segments_ref[here], rows)
                 seen = common.visible(call, sizes, at, pattern, *ids)
-                p = jnp.where(seen, p, 0)
-            dv_ref[here] += common.dot(call, p.astype(do.dtype), do, common.NN)
-            dp = common.dot(call, v, do, common.NT)
+                x = jnp.where(seen, x, -jnp.inf)
+            p = jnp.exp2(x)
             ds = pull(p * (dp - delta))
             if call.score_mod is not None:
                 real = at.q_index < shift + sizes.q_len
                 ds = jnp.where(seen & real if masked else real, ds, 0)
+            # dv', dk' and dq': so the large factor stays as it is, and the product has all lanes full
+            dv_ref[:, here] += common.dot(call, do, p.astype(do.dtype), common.TT)
             ds = ds.astype(q.dtype)
-            dk_ref[here] += common.dot(call, ds, q, common.NN)
-            dq.add(common.dot(call, ds, k, common.TN))
+            dk_ref[:, here] += common.dot(call, q, ds, common.TT)
+            dq.add(common.dot(call, k, ds, common.TN), turned if first == 0 else False)
 
     for which, masked in ((FULL, False), (PARTIAL, True)):
         if which in layout.kinds:

@@ -23,6 +23,7 @@ LOG2E = math.log2(math.e)
 NT = (((1,), (1,)), ((), ()))  # a b'
 NN = (((1,), (0,)), ((), ()))  # a b
 TN = (((0,), (0,)), ((), ()))  # a' b
+TT = (((0,), (1,)), ((), ()))  # a' b'
 # A word of a list: row << 18 | column << 4 | last of its row << 3 | first of its row << 2 | kind
 ROW, COLUMN, LAST, FIRST, KIND = 18, 4, 8, 4, 3
 MOST_BLOCKS = 1 << 14  # rows or columns that a word can tell

@@ -83,7 +83,9 @@ def forward(call: Call, layout: Layout, q, k, v, lists: Lists, offset, segments,
             jax.ShapeDtypeStruct((b, h, sizes.rows * rows, d_v), q.dtype),
             jax.ShapeDtypeStruct((b, h, sizes.rows, 1, rows), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), disable_bounds_checks=True
+        ),
         cost_estimate=_cost(call, layout, q, k, v),
         interpret=call.interpret,
         name="sparse_attention_forward",
