@@ -42,17 +42,17 @@ class Tuning(NamedTuple):
 
 
 TUNING = {  # bytes of an element, head dimension up to -> kernel -> queries, keys, warps, stages
-    (2, 64): {"forward": (64, 64, 4, 3), "dkv": (32, 64, 4, 2), "dq": (64, 64, 8, 3)},
-    (2, 128): {"forward": (64, 32, 4, 3), "dkv": (32, 64, 8, 2), "dq": (64, 64, 8, 2)},
+    (2, 64): {"forward": (64, 64, 4, 3), "dkv": (32, 64, 4, 3), "dq": (64, 64, 8, 3)},
+    (2, 128): {"forward": (64, 64, 8, 3), "dkv": (32, 64, 8, 3), "dq": (64, 64, 8, 2)},
     (2, 256): {"forward": (64, 32, 8, 2), "dkv": (32, 32, 8, 2), "dq": (32, 64, 8, 2)},
     (4, 32): {"forward": (64, 32, 8, 2), "dkv": (16, 32, 8, 1), "dq": (64, 32, 8, 2)},
     (4, 64): {"forward": (32, 32, 4, 2), "dkv": (32, 32, 8, 2), "dq": (32, 64, 8, 2)},
-    (4, 128): {"forward": (32, 16, 4, 1), "dkv": (16, 16, 8, 1), "dq": (16, 16, 8, 1)},
+    (4, 128): {"forward": (32, 16, 4, 1), "dkv": (32, 16, 8, 1), "dq": (16, 16, 8, 1)},
 }
 
 
 def tuning(kernel: Literal["forward", "dkv", "dq"], blocks: Blocks, q: jax.Array, v: jax.Array) -> Tuning:
-    """The largest tiles seen with which ptxas reports no spills for A100, H100 and B200, in a call with all features at once,
+    """The largest tiles of those tried with which ptxas reports no spills for A100, H100 and B200, in a call with all features,
     and which fit an A100's shared memory. Which are the fastest is not known: no GPU was there."""
     d, size = max(q.shape[3], v.shape[3]), q.dtype.itemsize
     rows = [row for (of, most), row in TUNING.items() if of == size and d <= most]
@@ -364,7 +364,7 @@ def backward(spec: Spec, q, k, v, sinks, data: Data, out, lse, d_out, d_lse):
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
     # Queries that see nothing, and those beyond the last (of which nothing may have been written), get weights of 0 by an
     # infinite log-sum-exp.
-    nothing = (lse == -jnp.inf) | (jnp.arange(t) >= spec.q_len)
+    nothing = (lse == -jnp.inf) | (jnp.arange(t)[None, None] >= spec.q_len)
     delta, lse2 = jnp.where(nothing, 0, delta), jnp.where(nothing, jnp.inf, lse * LOG2E)
     lists = _arrays(data.backward)
     arguments = (q, k, v, d_out, lse2, delta)
