@@ -8,6 +8,7 @@ other lists are looped over as they come (`xla_loops`), and may be differentiate
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -58,16 +59,26 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     else:
         sizes = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
     static = q_offset if isinstance(q_offset, int) else None
+    before, rest = _scales(scale, q.dtype)
     score_mod, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     call = Call(
-        Rule(inner, scale, softcap, score_mod, inexact),
+        Rule(inner, rest, softcap, score_mod, inexact),
         None if selected is not None else mask,
         sizes,
         static,
         not jax.sharding.get_abstract_mesh().empty,
     )
     data = Data(None if selected is None else selected.index, jnp.asarray(q_offset, jnp.int32), segment_ids, others)
-    return _jitted(call, q, k, v, sinks, floats, data)
+    return _jitted(call, q * before, k, v, sinks, floats, data)
+
+
+def _scales(scale: float, dtype: Any) -> tuple[float, float]:
+    """(of queries, of products): what queries can be multiplied with beforehand. Short floats are so by powers of two, which lose
+    nothing to rounding."""
+    if not scale or jnp.finfo(dtype).bits >= 32:
+        return scale, 1.0
+    before = 2.0 ** round(math.log2(abs(scale)))
+    return before, scale / before
 
 
 def _hoisted(score_mod: Any, dtype: Any) -> tuple[Any, tuple[bool, ...], list[Any], list[Any]]:

@@ -32,14 +32,16 @@ def heads_last(x_NxGxTx: jax.Array) -> jax.Array:
     return jnp.moveaxis(x_NxGxTx, 2, 0).reshape(t, n * group, *rest)
 
 
-def each(one: Callable[..., Any], arrays: Any, on_a_mesh: bool) -> Any:
-    """one(index, *arrays of one sequence), results stacked. One after another, which keeps what is computed together in cache; all
-    at once on a mesh, which may split them."""
+def each(one: Callable[..., Any], arrays: Any, on_a_mesh: bool, together: int = 1) -> Any:
+    """one(index, *arrays of one sequence), results stacked. `together` sequences at a time, which keeps what is computed together in
+    cache; all at once on a mesh, which may split them."""
     count = jax.tree.leaves(arrays)[0].shape[0]
     if count == 1:
         return jax.tree.map(lambda x: x[None], one(0, *jax.tree.map(lambda x: x[0], arrays)))
     mapped = (jnp.arange(count), *arrays)
-    return jax.vmap(one)(*mapped) if on_a_mesh else jax.lax.map(lambda x: one(*x), mapped)
+    if on_a_mesh or together >= count:
+        return jax.vmap(one)(*mapped)
+    return jax.lax.map(lambda x: one(*x), mapped, batch_size=together if together > 1 else None)
 
 
 def taken(x_NxLxD: jax.Array, index: Any, block: int, axis: int) -> jax.Array:
@@ -70,14 +72,17 @@ def spread(valid: Any, block: int) -> Any:
 
 
 def added(d_q_NxDxGxT: jax.Array, part_NxRxDxGxM: jax.Array, columns_RxW: Any, block: int) -> jax.Array:
-    """Adds what blocks of queries get, in place."""
+    """Adds what blocks of queries get: in place, or, where it is several rows at known places, as one sum."""
     n, r, d, group, _ = part_NxRxDxGxM.shape
-    w = columns_RxW.shape[1]
-    known = isinstance(columns_RxW, np.ndarray) and r == 1 and (np.diff(columns_RxW[0]) == 1).all()
-    for start, stop in [(0, w)] if known else [(i, i + 1) for i in range(w)]:
+    w, known = columns_RxW.shape[1], isinstance(columns_RxW, np.ndarray)
+    joined = known and r == 1 and (np.diff(columns_RxW[0]) == 1).all()
+    for start, stop in [(0, w)] if joined else [(i, i + 1) for i in range(w)]:
         part = jnp.moveaxis(part_NxRxDxGxM[..., start * block : stop * block], 1, 3).reshape(n, d, group, -1)
-        at = columns_RxW[0, start] * block
-        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, part.shape[3], axis=3)
+        at, length = columns_RxW[0, start] * block, part.shape[3]
+        if known and r > 1:
+            d_q_NxDxGxT += jnp.pad(part, [(0, 0)] * 3 + [(int(at), d_q_NxDxGxT.shape[3] - int(at) - length)])
+            continue
+        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, length, axis=3)
         d_q_NxDxGxT = jax.lax.dynamic_update_slice_in_dim(d_q_NxDxGxT, old + part, at, axis=3)
     return d_q_NxDxGxT
 

@@ -29,6 +29,12 @@ def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, .
     return plan(Hashed.of(lists), max(1, AT_ONCE // block), BAND // block)
 
 
+def _sequences(groups: tuple[Group, ...], sizes: Sizes, heads: int) -> int:
+    """How many sequences are computed together: several only if they are short."""
+    blocks = sum(g.full.size + g.rest.size for g in groups)
+    return max(1, AT_ONCE // max(1, blocks * heads * sizes.q_block * sizes.kv_block))
+
+
 def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
     """(carry, results [rows, …]) of one(carry, rows [R], full [R, …], rest [R, …], valid) for all rows of a group, `together` at a
     time: in a loop, or, where that is one step, as it stands, with constant slices. Results of `one` are [R, …]."""
@@ -128,7 +134,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
         return tuple(heads_last(_unblocked(x, size)) for x in _in_order(groups, found))
 
     arrays = padded(q, sizes.rows * sizes.q_block), *(padded(x, sizes.columns * sizes.kv_block) for x in (k, v))
-    out, lse = each(sequence, arrays, call.on_a_mesh)
+    out, lse = each(sequence, arrays, call.on_a_mesh, _sequences(groups, sizes, heads))
     return out[:, : sizes.q_len], lse[:, : sizes.q_len]
 
 
@@ -186,5 +192,5 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
 
     arrays = [padded(x, sizes.rows * q_block) for x in (q, d_out, lse, delta)]
     arrays += [padded(x, sizes.columns * kv_block) for x in (k, v)]
-    d_q, d_k, d_v, d_floats = each(sequence, tuple(arrays), call.on_a_mesh)
+    d_q, d_k, d_v, d_floats = each(sequence, tuple(arrays), call.on_a_mesh, _sequences(groups, sizes, heads))
     return d_q[:, : sizes.q_len], d_k[:, : sizes.kv_len], d_v[:, : sizes.kv_len], jax.tree.map(lambda x: x.sum(0), d_floats)

@@ -36,14 +36,14 @@ class Rule:
     """What a score is and which are seen; all of it known before anything runs. score_mod: of single scores, its arrays hoisted."""
 
     mask: Mask
-    scale: float
+    scale: float  # of products; what is exact to scale beforehand, queries have in them
     softcap: float | None
     score_mod: Any  # a Jaxpr (score, batch, head, q_index, kv_index) -> score, its constants hoisted
     inexact: tuple[bool, ...]  # which of these constants have gradients
 
     def score(self, raw: jax.Array, where: Where, floats: list[jax.Array], others: list[jax.Array]) -> jax.Array:
         """Scores of products q k', in any order of axes in which `where` is."""
-        score = raw * self.scale
+        score = raw if self.scale == 1 else raw * self.scale
         if self.softcap is not None:
             score = self.softcap * jnp.tanh(score / self.softcap)
         if self.score_mod is not None:
