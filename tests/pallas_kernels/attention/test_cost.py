@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import block_mask, masks
+from pallas_kernels.attention import block_mask, masks, tpu
 from pallas_kernels.attention.block_mask import SelectedBlocks, block_lists
 from pallas_kernels.attention.cost import Cost, cost
 from pallas_kernels.attention.lists import EMPTY, BlockLists, Segments, Sizes, transposed
@@ -18,6 +19,9 @@ BATCH, HEADS, D_QK, D_V = 2, 4, 24, 40
 SIZES = Sizes(70, 90, 16, 8)
 PICKS = np.random.default_rng(0).integers(-1, 12, (BATCH, 2, SIZES.rows, 3)).astype(np.int32)
 IDS = np.sort(np.random.default_rng(1).integers(0, 4, (BATCH, 90)), axis=-1).astype(np.int32)
+
+
+BY_HEAD = (masks.causal(), masks.full(), masks.window(5, 5), ~masks.causal())
 
 
 def listed(mask, q_offset=0, segments=None) -> BlockLists:
@@ -30,7 +34,7 @@ WALKED = {
     "causal": lambda: listed(masks.causal()),
     "window, far away": lambda: listed(masks.window(9, 3), 40),
     "nothing": lambda: listed(~masks.full()),
-    "by head": lambda: listed(masks.per_head(masks.causal(), masks.full(), masks.window(5, 5), ~masks.causal())),
+    "by head": lambda: listed(masks.per_head(*BY_HEAD)),
     "by sequence": lambda: listed(masks.document(IDS)),
     "first and last block": lambda: listed(masks.prefix(8) | ~masks.prefix(81)),
     "offsets that are data": lambda: listed(masks.window(20, 0), np.array([3, 30], np.int32)),
@@ -141,3 +145,37 @@ def test_lists_that_do_not_fit_the_call_are_refused():
         cost(bm, q_heads=4, **arguments)
     with pytest.raises(ValueError, match="sizes: got None"):
         cost(bm.lists, q_heads=3, **arguments)
+
+
+@pytest.mark.parametrize(
+    "name, kv_heads",
+    [("causal", 1), pytest.param("by head", 2, marks=pytest.mark.slow), pytest.param("segments", 1, marks=pytest.mark.slow)],
+)
+def test_the_tpus_kernel_goes_through_the_grid_that_is_counted(name, kv_heads):
+    """Interpreted, it tells every grid point that it comes by, forward and backward."""
+    sizes, heads, points = Sizes(20, 24, 16, 8), 2, []
+
+    def record(token, point, core):
+        points.append(tuple(map(int, point)))
+        return token
+
+    interpret = pltpu.InterpretParams(grid_point_recorder=record)
+    masked = {"causal": masks.causal(), "segments": masks.causal(), "by head": masks.per_head(masks.causal(), ~masks.causal())}[
+        name
+    ]
+    segments = Segments(IDS[:, 30:50], IDS[:, 30:54]) if name == "segments" else None
+    mask = block_mask(masked, *sizes)
+    shapes = {"q": (BATCH, 20, heads, 8), "k": (BATCH, 24, kv_heads, 8), "v": (BATCH, 24, kv_heads, 8)}
+    q, k, v = (jnp.ones(shape) for shape in shapes.values())
+
+    def call(q, k, v):
+        arguments = dict.fromkeys(("score_mod", "sinks", "softcap"))
+        return tpu.attend(q, k, v, mask, q_offset=0, segment_ids=segments, scale=1.0, interpret=interpret, **arguments)
+
+    values, pull = jax.vjp(call, q, k, v)
+    jax.block_until_ready(pull(values))
+    arguments = {"batch": BATCH, "q_heads": heads, "kv_heads": kv_heads, "d_qk": 128, "d_v": 128, "dtype": jnp.float32}
+    for backward in (False, True):
+        mine = [point for point in points if len(point) == 3 + backward]
+        got = cost(block_lists(mask, sizes, BATCH, heads, 0, segments), sizes, **arguments, backward=backward)
+        assert len(mine) == len(set(mine)) == got.grid_points

@@ -50,7 +50,7 @@ def test_the_reference_is_the_definition(name):
     equals_oracle(KERNEL, CASES[name], reference(name))
 
 
-@pytest.mark.parametrize("implementation, name", on_cases())
+@pytest.mark.parametrize("implementation, name", list(on_cases()))
 def test_values_and_gradients_are_the_references(implementation, name):
     case, expected = adapted(implementation, name)
     with CHECKED[implementation].context():
