@@ -30,7 +30,14 @@ class Checked(NamedTuple):
     properties: bool = True
 
 
-CHECKED: dict[str, Checked] = {"xla": Checked()}  # beside "reference", which test_reference.py holds against the oracle
+REFERENCE = Checked()  # the reference itself, held against the oracle
+CHECKED: dict[str, Checked] = {"xla": Checked()}
 
 ALL = ("reference", *CHECKED)
+
+
+def of(implementation: str) -> Checked:
+    return CHECKED.get(implementation, REFERENCE)
+
+
 with_properties = pytest.mark.parametrize("implementation", ["reference", *(n for n, c in CHECKED.items() if c.properties)])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from tests.pallas_kernels.attention import cases
 from tests.pallas_kernels.attention.cases import CASES, CAUSAL, KERNEL, Case
-from tests.pallas_kernels.attention.implementations import ALIKE, ALL, CHECKED
+from tests.pallas_kernels.attention.implementations import ALIKE, ALL, CHECKED, of
 from tests.pallas_kernels.attention.strategies import calls
 from tests.pallas_kernels.kernel_base import (
     Results,
@@ -74,9 +74,9 @@ PLAIN = {
 @pytest.mark.parametrize("implementation", ALL)
 def test_bfloat16_is_at_most_twice_as_far_from_the_truth_as_jaxs_own(implementation, name):
     arguments, case = PLAIN[name]
-    checked = CHECKED.get(implementation)
-    with checked.context() if checked else jax.default_device(None):
-        case = checked.adapted(case) if checked else case
+    checked = of(implementation)
+    with checked.context():
+        case = checked.adapted(case)
         rounds_as_plain(
             KERNEL, case, implementation, lambda of: jax.nn.dot_product_attention(of["q"], of["k"], of["v"], **arguments)
         )
@@ -86,9 +86,9 @@ def test_bfloat16_is_at_most_twice_as_far_from_the_truth_as_jaxs_own(implementat
 def test_the_same_call_gives_the_same_bits(implementation):
     """Also compiled anew: nothing depends on what was compiled before, or on the order of threads."""
     case = CASES["everything"]
-    checked = CHECKED.get(implementation)
-    with checked.context() if checked else jax.default_device(None):
-        case = checked.adapted(case) if checked else case
+    checked = of(implementation)
+    with checked.context():
+        case = checked.adapted(case)
         arrays = cases.arrays(case)
         identical(results(cases.call(case, implementation), arrays), results(cases.call(case, implementation), arrays))
 
@@ -106,9 +106,9 @@ POISONED = {
 
 
 @pytest.mark.parametrize("name", POISONED)
-@pytest.mark.parametrize("implementation", CHECKED)
+@pytest.mark.parametrize("implementation", ALL)
 def test_keys_that_are_not_finite_change_only_what_sees_them(implementation, name):
-    checked = CHECKED[implementation]
+    checked = of(implementation)
     case, where = POISONED[name]
     with checked.context():
         case = checked.adapted(case)
@@ -139,10 +139,10 @@ def test_keys_that_are_not_finite_change_only_what_sees_them(implementation, nam
 @pytest.mark.parametrize("implementation", ALL)
 def test_who_sees_nothing_gets_nothing_and_gives_nothing(implementation):
     """Zero, log-sum-exp -inf, zero gradients, without a NaN on the way; with a sink, the log-sum-exp is the sink."""
-    checked = CHECKED.get(implementation)
+    checked = of(implementation)
     for name in ("fewer keys, nothing seen", "nothing seen at all", "fewer keys"):
-        with checked.context() if checked else jax.default_device(None):
-            case = checked.adapted(CASES[name]) if checked else CASES[name]
+        with checked.context():
+            case = checked.adapted(CASES[name])
             blind = ~cases.seen(case).any(-1).swapaxes(1, 2)
             arrays = cases.arrays(case)
             got = results(cases.call(case, implementation), arrays)

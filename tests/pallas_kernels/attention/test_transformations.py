@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import SelectedBlocks, block_mask, masks, sparse_attention
-from tests.pallas_kernels.attention.implementations import CHECKED, with_properties
+from tests.pallas_kernels.attention.implementations import of as checked
+from tests.pallas_kernels.attention.implementations import with_properties
 from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, results, runner, same, same_results
 
 WINDOW = block_mask(masks.window(9, 0), 37, 37, 16, 16)
@@ -21,10 +22,6 @@ def operands(batch=2, q_len=37, kv_len=37, heads=4, kv_heads=2, d=8):
     generator = np.random.default_rng(1)
     shapes = {"q": (batch, q_len, heads, d), "k": (batch, kv_len, kv_heads, d), "v": (batch, kv_len, kv_heads, d)}
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def context(implementation):
-    return CHECKED[implementation].context() if implementation in CHECKED else jax.default_device(None)
 
 
 def windowed(implementation, of, mask=WINDOW, **arguments):
@@ -52,7 +49,7 @@ def test_vmap_over_everything_is_a_loop(implementation):
     def chosen(of, index):
         return windowed(implementation, of, SelectedBlocks(index, 16, 16, masks.causal()), sinks=of["sinks"])
 
-    with context(implementation):
+    with checked(implementation).context():
         for one, data in ((packed, (segments, offsets)), (chosen, (picked,))):
             same_results(runner(jax.vmap(one))(of, *data), runner(looped(one))(of, *data))
 
@@ -65,14 +62,14 @@ def test_vmap_over_queries_alone(implementation):
     def mapped(over):
         return lambda of: over(lambda q: windowed(implementation, {**of, "q": q}))(of["q"])
 
-    with context(implementation):
+    with checked(implementation).context():
         same_results(results(mapped(jax.vmap), of), results(mapped(looped), of))
 
 
 @with_properties
 def test_checkpoint_changes_nothing(implementation):
     call = functools.partial(windowed, implementation)
-    with context(implementation):
+    with checked(implementation).context():
         same_results(results(jax.checkpoint(call), operands()), results(call, operands()))
 
 
@@ -88,7 +85,7 @@ def test_shards_by_batch_and_heads_are_the_whole(implementation):
     def call(of, ids=ids):
         return windowed(implementation, of, sinks=of["sinks"], segment_ids=ids)
 
-    with context(implementation):
+    with checked(implementation).context():
         expected = results(call, of)
         sharded = jax.shard_map(call, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data", None, "tensor"))
         same_results(results(lambda of: sharded(of, ids), of), expected)
@@ -110,7 +107,7 @@ def test_second_derivatives_are_the_references(implementation):
 
         return jax.grad(loss)
 
-    with context(implementation):
+    with checked(implementation).context():
         same_results(results(slopes(implementation), of), results(slopes("reference"), of), GRADIENTS, GRADIENTS)
 
 
@@ -126,7 +123,7 @@ def test_decoding_step_by_step_is_the_whole_pass(implementation):
         now = {"q": jax.lax.dynamic_slice_in_dim(jnp.asarray(of["q"]), i, 1, axis=1), "k": k, "v": v}
         return windowed(implementation, now, mask, q_offset=i)
 
-    with context(implementation):
+    with checked(implementation).context():
         whole = windowed(implementation, of, mask)
         steps = jax.jit(lambda: jax.lax.map(step, jnp.arange(37)))()
         stepped = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), steps)
@@ -140,7 +137,7 @@ def test_sequences_at_their_own_places_are_decoded_together(implementation):
     """q_offset [batch]: each sequence's result is what it has alone, at its offset."""
     of = operands(q_len=1)
     offsets = np.array([5, 30], np.int32)
-    with context(implementation):
+    with checked(implementation).context():
         together = windowed(implementation, of, masks.window(9, 0), q_offset=offsets)
         for b in range(2):
             alone = windowed(
