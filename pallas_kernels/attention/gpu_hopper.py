@@ -193,9 +193,16 @@ def _fetch(plan: _Plan, place: _Place, k_ref, v_ref, *, k, v, k_come, v_come, k_
                 plgpu.barrier_wait(done.at[slot])
             plgpu.copy_gmem_to_smem(ref.at[here], ring.at[slot], come.at[slot])
 
+    def drain(step):
+        slot = lax.rem(step, jnp.int32(plan.stages))
+        plgpu.barrier_wait(k_done.at[slot])
+        plgpu.barrier_wait(v_done.at[slot])
+
     once = jnp.minimum(place.every, plan.stages)
     lax.fori_loop(0, once, lambda step, _: fetch(step, False), None)
     lax.fori_loop(once, place.every, lambda step, _: fetch(step, True), None)
+    # What was filled last is waited for as well: every phase of a barrier is seen by who waits on it, as the interpreter wants.
+    lax.fori_loop(place.every - once, place.every, lambda step, _: drain(step), None)
 
 
 def _read(plan: _Plan, place: _Place, reader, offset, sink, q_ref, out_ref, lse_ref, *, q, out, k, v, lse, q_come, k_come,
