@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import SelectedBlocks, block_mask, masks, sparse_attention
 from tests.pallas_kernels.attention.implementations import of as checked
 from tests.pallas_kernels.attention.implementations import with_properties
-from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, results, runner, same, same_results
+from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, compiled, results, runner, same, same_results
 
 WINDOW = block_mask(masks.window(9, 0), 37, 37, 16, 16)
 
@@ -124,11 +124,11 @@ def test_decoding_step_by_step_is_the_whole_pass(implementation):
         return windowed(implementation, now, mask, q_offset=i)
 
     with checked(implementation).context():
-        whole = windowed(implementation, of, mask)
-        steps = jax.jit(lambda: jax.lax.map(step, jnp.arange(37)))()
+        whole = compiled(lambda of: windowed(implementation, of, mask))(of)
+        steps = compiled(lambda: jax.lax.map(step, jnp.arange(37)))()
         stepped = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), steps)
         same(stepped, whole, FORWARD)
-        late = windowed(implementation, {**of, "q": of["q"][:, 30:31]}, mask, q_offset=30)
+        late = compiled(lambda of: windowed(implementation, of, mask, q_offset=30))({**of, "q": of["q"][:, 30:31]})
         same(late, jax.tree.map(lambda x: x[:, 30:31], whole), FORWARD)
 
 
@@ -138,9 +138,8 @@ def test_sequences_at_their_own_places_are_decoded_together(implementation):
     of = operands(q_len=1)
     offsets = np.array([5, 30], np.int32)
     with checked(implementation).context():
-        together = windowed(implementation, of, masks.window(9, 0), q_offset=offsets)
+        call = compiled(lambda of, offset: windowed(implementation, of, masks.window(9, 0), q_offset=offset))
+        together = call(of, offsets)
         for b in range(2):
-            alone = windowed(
-                implementation, {name: x[b : b + 1] for name, x in of.items()}, masks.window(9, 0), q_offset=int(offsets[b])
-            )
+            alone = call({name: x[b : b + 1] for name, x in of.items()}, offsets[b])
             same(jax.tree.map(lambda x: x[b : b + 1], together), alone, FORWARD)  # noqa: B023
