@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
+from tests.test_arrows import imports
 
 
 def unsupported(*args, **kwargs):
@@ -120,3 +123,15 @@ def test_what_was_taken_is_logged_once_with_why_others_were_not(caplog):
 def test_a_name_that_there_is_not_is_told_the_nearest(given, says):
     with pytest.raises(ValueError, match=says):
         dispatch.run("op", {"xla": works, "reference": works}, given, 3)
+
+
+def test_the_kernels_import_jax_numpy_and_the_standard_library_alone():
+    """So that they can be taken as they are; tests/test_arrows.py holds that they import nothing else of this project."""
+    root = Path(dispatch.__file__).parent
+    found = {
+        f"{path.relative_to(root)}:{line}: {target}"
+        for path in root.rglob("*.py")
+        for line, target in imports(path.read_text(), "pallas_kernels." + path.stem)
+        if target.split(".")[0] not in {*sys.stdlib_module_names, "jax", "numpy", "pallas_kernels"}
+    }
+    assert not found
