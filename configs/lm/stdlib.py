@@ -28,8 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "heads": 2,
         "kv_heads": 2,
         "head_dim": 64,
-        "pattern": "L",
-        "window": 64,
+        "attention": {"mask": ["window(63, 0)"], "implementation": ""},
         "rope_base": 10000.0,
         "qk_norm": 3.0,
         "mlp": "squared_relu",
@@ -47,7 +46,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "embed_norm": True,
         "zero_init": True,
         "dtype": "bfloat16",
-        "attention": "blockwise",
         "scan_layers": False,
         "remat": False,
     }

@@ -30,6 +30,7 @@ VIT = {
     "width": 96,
     "layers": 4,
     "heads": 4,
+    "attention": {"mask": ["full()"], "implementation": ""},
     "qk_norm": 1.0,
     "mlp": "gelu",
     "mlp_width": 192,
@@ -37,7 +38,6 @@ VIT = {
     "dropout": 0.0,
     "zero_init": True,
     "dtype": "float32",
-    "attention": "dense",
     "scan_layers": False,
     "remat": False,
 }

@@ -154,5 +154,7 @@ def _seed(key: Any) -> list[int]:
         return [int(key) & 0xFFFFFFFF, int(key) >> 32 & 0xFFFFFFFF]
     if isinstance(key, jax.core.Tracer):
         raise ValueError("random_blocks' key is traced, and a mask is a value; draw it outside of jit")
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise ValueError(f"random_blocks' key: got {key!r}, wanted an int or a JAX key")
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return [int(word) for word in np.asarray(data).reshape(-1)]

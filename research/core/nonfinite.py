@@ -73,9 +73,10 @@ def _walk(jaxpr: Any, consts: Any, args: Any, trail: str) -> tuple[list[Any], st
                 outputs, found = _walk(body, c, inputs, trail)
             else:
                 outputs = _apply(eqn, inputs, debug)
-        if found is None and not any(_bad(x) for x in inputs):
-            kind = next((k for k in map(_bad, outputs) if k), None)
-            found = f"{kind} from {trail}{_where(eqn)}" if kind else None
+                # not of what was walked: its equations have answered, and a constant of its own may be NaN on purpose
+                if not any(_bad(x) for x in inputs):
+                    kind = next((k for k in map(_bad, outputs) if k), None)
+                    found = f"{kind} from {trail}{_where(eqn)}" if kind else None
         if found:
             return [], found
         env.update(zip(eqn.outvars, outputs))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
+from pallas_kernels.attention.algebra import Mask
 from research.nn import checks, stack
 from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
@@ -16,15 +17,14 @@ from research.nn.functional import Functional, Layer, functional
 from research.nn.history import History, Recalled
 from research.nn.induction import CopyHead
 from research.nn.linear import Linear
+from research.nn.masks import layered
 from research.nn.norms import NORMS
-
-GLOBAL, SLIDING = "G", "L"
 
 
 class Transformer(Layer):
     """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
 
-    def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, windows: tuple[int | None, ...],
+    def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, masks: tuple[Mask, ...],
                  ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
                  tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: bool,
                  rngs: nnx.Rngs):  # fmt: skip
@@ -35,7 +35,7 @@ class Transformer(Layer):
         recalls = bool(ngrams or induction)
         grams = (ngrams, ngram_bits, ngram_width)
         self.history = History(*grams, induction, vocab, width, dtype=dtype, rngs=rngs) if recalls else None
-        self.blocks = stack.build(lambda i, r: Block(block, windows[i], r), layers, len(windows), scan, rngs)
+        self.blocks = stack.build(lambda i, r: Block(block, masks[i], r), layers, len(masks), scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         out_init = block.attention.out_init
         self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, init=out_init, rngs=rngs)
@@ -93,8 +93,7 @@ def transformer(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    pattern: str,
-    window: int,
+    attention: Mapping[str, Any],
     rope_base: float,
     qk_norm: float,
     mlp: str,
@@ -112,16 +111,15 @@ def transformer(
     embed_norm: bool,
     zero_init: bool,
     dtype: str,
-    attention: str,
     scan_layers: bool,
     remat: bool,
 ) -> Functional:
     """A decoder-only transformer: pre-norm blocks, int32 [batch, length <= context] -> logits [batch, length, vocab].
 
-    Attention. head_dim: of a head; 0 for width / heads. pattern: a letter a layer, repeated: G global causal attention, L
-    sliding attention over the `window` latest positions. rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none,
-    else queries and keys are RMS-normalized, and the scale of queries begins at qk_norm. attention: an implementation, see
-    `nn.attention_core`.
+    Attention. head_dim: of a head; 0 for width / heads. attention: {"mask", "implementation"}, see `nn.masks.layered`; masks
+    are expressions such as "window(511, 0) | global_tokens(64)", one a layer, repeated, and no layer sees what comes later.
+    rope_base: of the rotary embedding, 0 for none. qk_norm: 0 for none, else queries and keys are RMS-normalized, and the scale
+    of queries begins at qk_norm.
 
     Blocks. mlp: gelu, relu, silu, squared_relu or swiglu. norm: rms, plain_rms or layer. conv: taps of a short causal
     convolution before attention, 0 for none. zero_init: what is added to the residual stream, and the output layer, start at
@@ -143,11 +141,6 @@ def transformer(
         checks.not_negative(f"model.{name}", scale)
     if not head_dim:
         checks.divisible("model.width", width, "model.heads", heads)
-    if not pattern or set(pattern) - {GLOBAL, SLIDING}:
-        raise ValueError(f"model.pattern={pattern!r} must be letters {GLOBAL} (global) and {SLIDING} (sliding), such as 'LLLG'")
-    checks.divisible("model.layers", layers, "the length of model.pattern", len(pattern))
-    if SLIDING in pattern:
-        checks.positive("model.window", window)
     for n in (*ngrams, *induction):
         checks.positive("model.ngrams and model.induction: each", n)
     if copy and not induction:
@@ -156,22 +149,22 @@ def transformer(
         checks.positive("model.ngram_width", ngram_width)
         if not 1 <= ngram_bits <= 24:
             raise ValueError(f"model.ngram_bits={ngram_bits} must be at least 1 and at most 24")
+    masks, implementation = layered(attention, layers, heads, causal=True)
     block = BlockConfig(
         AttentionConfig(
-            width, heads, kv_heads, head_dim or width // heads, True, rope_base, qk_norm,
-            "zeros" if zero_init else "normal", dtype, attention,
+            width, heads, kv_heads, head_dim or width // heads, rope_base, qk_norm,
+            "zeros" if zero_init else "normal", dtype, implementation,
         ),
         mlp, mlp_width, norm, conv, dropout,
     )  # fmt: skip
     block.check()
-    windows = tuple(window if letter == SLIDING else None for letter in pattern)
     return functional(
         lambda rngs: Transformer(
             block,
             vocab,
             context,
             layers,
-            windows,
+            masks,
             tuple(ngrams),
             ngram_bits,
             ngram_width,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.attention.algebra import Mask
 from research.nn import checks, stack
 from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
 from research.nn.functional import Functional, Layer, functional, param
 from research.nn.linear import Linear
+from research.nn.masks import layered
 from research.nn.norms import NORMS
 
 
@@ -20,15 +23,15 @@ class ViT(Layer):
     """float32 [batch, height, width, channels] -> [batch, outputs] (Dosovitskiy et al. 2020, arXiv 2010.11929), with the mean
     over patches in place of a class token (Beyer et al. 2022, arXiv 2205.01580)."""
 
-    def __init__(self, block: BlockConfig, shape: Sequence[int], outputs: int, patch: int, layers: int, scan: bool, remat: bool,
-                 rngs: nnx.Rngs):  # fmt: skip
+    def __init__(self, block: BlockConfig, shape: Sequence[int], outputs: int, patch: int, layers: int,
+                 masks: tuple[Mask, ...], scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         height, across, channels = shape
         self.patch, self.scan, self.remat = patch, scan, remat
         self.embed = Linear(patch * patch * channels, width, (None, "embed"), bias=True, dtype=dtype, rngs=rngs)
         count = height // patch * (across // patch)
         self.position = param(jax.random.normal(rngs.params(), (count, width)) * 0.02, None, "embed")
-        self.blocks = stack.build(lambda _, r: Block(block, None, r), layers, 1, scan, rngs)
+        self.blocks = stack.build(lambda i, r: Block(block, masks[i], r), layers, len(masks), scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         self.head = Linear(width, outputs, ("embed", None), bias=True, dtype=dtype, init=block.attention.out_init, rngs=rngs)
 
@@ -53,6 +56,7 @@ def vit(
     width: int,
     layers: int,
     heads: int,
+    attention: Mapping[str, Any],
     qk_norm: float,
     mlp: str,
     mlp_width: int,
@@ -60,15 +64,14 @@ def vit(
     dropout: float,
     zero_init: bool,
     dtype: str,
-    attention: str,
     scan_layers: bool,
     remat: bool,
 ) -> Functional:
     """A vision transformer, float32 [batch, *shape] -> [batch, outputs]; shape: (height, width, channels), in patch x patch
     squares.
 
-    Blocks as in `transformer`, with attention of all patches to all, and learned positions. Raises ValueError, naming the
-    config's key, for sizes that cannot work.
+    Blocks as in `transformer`, and learned positions. attention: masks as there, over patches row by row, and none of them made
+    causal; ["full()"] lets all see all. Raises ValueError, naming the config's key, for sizes that cannot work.
     """
     if len(shape) != 3:
         raise ValueError(f"vit reads inputs of shape [height, width, channels], not {list(shape)}")
@@ -78,7 +81,8 @@ def vit(
     checks.positive("model.layers", layers)
     checks.divisible("model.width", width, "model.heads", heads)
     out_init = "zeros" if zero_init else "normal"
-    attending = AttentionConfig(width, heads, heads, width // heads, False, 0.0, qk_norm, out_init, dtype, attention)
+    masks, implementation = layered(attention, layers, heads, causal=False)
+    attending = AttentionConfig(width, heads, heads, width // heads, 0.0, qk_norm, out_init, dtype, implementation)
     block = BlockConfig(attending, mlp, mlp_width, norm, 0, dropout)
     block.check()
-    return functional(lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, scan_layers, remat, rngs))
+    return functional(lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, masks, scan_layers, remat, rngs))

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.attention import sparse_attention
+from pallas_kernels.attention.algebra import Mask
 from research.core.names import choose
 from research.core.types import Spec
 from research.nn import checks
-from research.nn.attention_core import IMPLEMENTATIONS, attend, dot_product_attention, visible
+from research.nn.attention_core import attend, visible
 from research.nn.functional import Layer
 from research.nn.linear import Linear
+from research.nn.masks import reach
 from research.nn.norms import RMSNorm
 from research.nn.position import rotary_tables, rotate
 from research.nn.products import DTYPES
@@ -23,18 +26,17 @@ from research.nn.products import DTYPES
 class AttentionConfig:
     """Sizes of an attention layer. heads: query heads, a multiple of kv_heads. rope_base: base of the rotary embedding's
     frequencies, 0 for none. qk_norm: RMS norm of each head's queries and keys (Dehghani et al. 2023, arXiv 2302.05442, section
-    2). implementation: see `dot_product_attention`."""
+    2). implementation: of `sparse_attention`, None for the best that supports the call."""
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
-    causal: bool
     rope_base: float
     qk_norm: float
     out_init: str
     dtype: str
-    implementation: str
+    implementation: str | None
 
     def check(self) -> None:
         """Raises ValueError, naming the config's key, for what cannot be built."""
@@ -45,16 +47,16 @@ class AttentionConfig:
                 f"model.head_dim={self.head_dim} is odd, and rotary embedding (model.rope_base={self.rope_base}) turns pairs; "
                 f"nearest: {self.head_dim - 1} or {self.head_dim + 1}"
             )
-        choose(IMPLEMENTATIONS, self.implementation, "model.attention")
         choose(DTYPES, self.dtype, "model.dtype")
 
 
 class Attention(Layer):
-    """Self-attention, [batch, length, width] -> the same. `window`: None, or how many positions a query sees."""
+    """Self-attention, [batch, length, width] -> the same. mask: which positions see which; one that is to decode sees nothing
+    that comes later."""
 
-    def __init__(self, config: AttentionConfig, window: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, mask: Mask, rngs: nnx.Rngs):
         width, d, dtype = config.width, config.head_dim, config.dtype
-        self.config, self.window = config, window
+        self.config, self.mask = config, mask
         self.query = Linear(width, config.heads * d, ("embed", "heads"), dtype=dtype, rngs=rngs)
         self.key = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
         self.value = Linear(width, config.kv_heads * d, ("embed", "kv_heads"), dtype=dtype, rngs=rngs)
@@ -76,36 +78,49 @@ class Attention(Layer):
     def _merged(self, heads_BxTxHxD: jax.Array) -> jax.Array:
         return self.out(heads_BxTxHxD.reshape(*heads_BxTxHxD.shape[:2], -1))
 
+    def _read(self, q_BxTxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, first: int | jax.Array) -> jax.Array:
+        """float32 [B, T, H, D] of queries at positions first .. first + T - 1 and keys at 0 .. S - 1; operands are rounded to
+        config.dtype."""
+        operands = (x.astype(DTYPES[self.config.dtype]) for x in (q_BxTxHxD, k_BxSxKxD, v_BxSxKxD))
+        out = sparse_attention(*operands, self.mask, q_offset=first, implementation=self.config.implementation)
+        return out.astype(jnp.float32)
+
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
-        config = self.config
-        q, k, v = self._projected(x_BxTxC, 0)
-        return self._merged(
-            dot_product_attention(
-                q, k, v, causal=config.causal, window=self.window, dtype=config.dtype, implementation=config.implementation
-            )
-        )
+        return self._merged(self._read(*self._projected(x_BxTxC, 0), 0))
+
+    def _slots(self, context: int) -> int:
+        """Of the cache: as many as positions are seen, where the mask has a last one."""
+        before = reach(self.mask)
+        return context if before is None else min(before + 1, context)
 
     def cache_specs(self, batch: int, context: int) -> dict[str, Spec]:
-        """An empty cache (zeros): slot s holds the latest position p with p % slots == s. As many slots as positions are
-        seen."""
-        rolling = self.window is not None and self.window < context
-        shape = (batch, self.window if rolling else context, self.config.kv_heads, self.config.head_dim)
-        axes = ("batch", "window" if rolling else "context", "kv_heads", "head_dim")
+        """An empty cache (zeros): slot s holds the latest position p with p % slots == s."""
+        slots = self._slots(context)
+        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
+        axes = ("batch", "window" if slots < context else "context", "kv_heads", "head_dim")
         return {name: Spec(shape, DTYPES[self.config.dtype], axes) for name in ("key", "value")}
 
     def decode(self, x_BxTxC: jax.Array, cache: dict[str, jax.Array], index: jax.Array):
         """Positions index .. index + T - 1, given those before in `cache`: (output [B, T, width], cache)."""
-        slots, t = cache["key"].shape[1], x_BxTxC.shape[1]
-        positions_T = index + jnp.arange(t)
         q, k, v = self._projected(x_BxTxC, index)
         fresh = {"key": k.astype(cache["key"].dtype), "value": v.astype(cache["value"].dtype)}
+        before = reach(self.mask)
+        if before is not None and before + 1 == cache["key"].shape[1]:
+            heads, cache = self._rolled(q, fresh, cache, index)
+        else:
+            cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], fresh[name], index, axis=1) for name in cache}
+            heads = self._read(q, cache["key"], cache["value"], index)
+        return self._merged(heads), cache
+
+    def _rolled(self, q_BxTxHxD: jax.Array, fresh: dict[str, jax.Array], cache: dict[str, jax.Array], index: jax.Array):
+        """(float32 [B, T, H, D], cache) where the cache holds no more positions than a query sees."""
+        slots, t = cache["key"].shape[1], q_BxTxHxD.shape[1]
+        positions_T = index + jnp.arange(t)
         latest = index - 1  # slot s holds the greatest position <= latest that is s modulo slots; below 0 it is empty
         held_S = latest - (latest - jnp.arange(slots)) % slots
         # beside the new ones, not after writing them: with several, the last may overwrite what the first still sees
-        seen = jnp.concatenate([held_S, positions_T])
-        both = {name: jnp.concatenate([cache[name], fresh[name]], axis=1) for name in cache}
-        window = self.window if self.window is not None else slots
-        heads = attend(q, both["key"], both["value"], visible(positions_T, seen, True, window), self.config.dtype)
+        seen = visible(self.mask, positions_T, jnp.concatenate([held_S, positions_T]))
+        both = [jnp.concatenate([cache[name], fresh[name]], axis=1) for name in ("key", "value")]
+        heads = attend(q_BxTxHxD, *both, seen, self.config.dtype)
         kept = slice(max(0, t - slots), t)
-        cache = {name: cache[name].at[:, positions_T[kept] % slots].set(fresh[name][:, kept]) for name in cache}
-        return self._merged(heads), cache
+        return heads, {name: cache[name].at[:, positions_T[kept] % slots].set(fresh[name][:, kept]) for name in cache}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from pallas_kernels.attention.algebra import Mask
 from research.core.names import choose
 from research.nn import checks
 from research.nn.attention import Attention, AttentionConfig
@@ -44,12 +45,12 @@ class BlockConfig:
 class Block(Layer):
     """x + attention(norm(x)), then + mlp(norm(.)): [batch, length, width] -> the same."""
 
-    def __init__(self, config: BlockConfig, window: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, mask: Mask, rngs: nnx.Rngs):
         width, out_init, dtype = config.attention.width, config.attention.out_init, config.attention.dtype
         norm = NORMS[config.norm]
         self.attention_norm = norm(width, rngs=rngs)
         self.conv = ShortConv(width, config.conv, rngs=rngs) if config.conv else None
-        self.attention = Attention(config.attention, window, rngs)
+        self.attention = Attention(config.attention, mask, rngs)
         self.mlp_norm = norm(width, rngs=rngs)
         self.mlp = feed_forward(config.mlp, width, config.mlp_width, dtype=dtype, out_init=out_init, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None

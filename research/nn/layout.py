@@ -1,4 +1,4 @@
-"""The one place where layers meet the mesh: activations by logical names, and whether there is one at all."""
+"""The one place where layers meet the mesh: activations by logical names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} axis names {axes} for a shape {x.shape}")
     return x
-
-
-def on_a_mesh() -> bool:
-    """Whether this is traced under `jax.set_mesh`: then a loop over the batch axis would gather what is split."""
-    return not jax.sharding.get_abstract_mesh().empty

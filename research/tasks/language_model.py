@@ -63,9 +63,10 @@ def language_model(model: Functional, *, batch: int, length: int, label_smoothin
 
 def example() -> Example:
     model = transformer(
-        vocab=11, context=8, width=8, layers=2, heads=2, kv_heads=1, head_dim=0, pattern="LG", window=3, rope_base=1e4,
-        qk_norm=1.0, mlp="swiglu", mlp_width=12, norm="rms", conv=0, dropout=0.0, ngrams=[2], ngram_bits=4, ngram_width=4,
-        induction=[2], copy=True, tie_embeddings=False, embed_scale=1.0, embed_norm=True, zero_init=False, dtype="float32",
-        attention="dense", scan_layers=False, remat=False,
+        vocab=11, context=8, width=8, layers=2, heads=2, kv_heads=1, head_dim=0,
+        attention={"mask": ["window(2, 0)", "full()"], "implementation": ""}, rope_base=1e4, qk_norm=1.0, mlp="swiglu",
+        mlp_width=12, norm="rms", conv=0, dropout=0.0, ngrams=[2], ngram_bits=4, ngram_width=4, induction=[2], copy=True,
+        tie_embeddings=False, embed_scale=1.0, embed_norm=True, zero_init=False, dtype="float32", scan_layers=False,
+        remat=False,
     )  # fmt: skip
     return Example(language_model(model, batch=4, length=8, label_smoothing=0.0, z_loss=0.0))

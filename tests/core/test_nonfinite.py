@@ -51,3 +51,10 @@ def test_custom_derivatives_conditionals_and_loops_are_run():
 
     assert first_nonfinite(g, jnp.ones(2)) is None
     assert "infinity from" in first_nonfinite(jax.grad(lambda x: f(x).sum()), jnp.ones(2))
+
+
+def test_a_constant_that_is_nan_on_purpose_is_not_named():
+    def f(x):
+        return jnp.where(x > 0, x, jax.jit(lambda: jnp.full(2, jnp.nan))())
+
+    assert first_nonfinite(f, jnp.ones(2)) is None

@@ -19,8 +19,8 @@ MLP = {"shape": [3, 2], "outputs": 4, "hidden": [5, 5], "activation": "tanh", "r
 CNN = {"shape": [9, 9, 2], "outputs": 3, "widths": [4, 6], "blocks": 2, "normalization": "batch", "residual": True,
        "dropout": 0.0, "dtype": "float32", "convolution": "lax"}  # fmt: skip
 VIT = {"shape": [8, 4, 1], "outputs": 3, "patch": 4, "width": 8, "layers": 2, "heads": 2, "qk_norm": 1.0, "mlp": "gelu",
-       "mlp_width": 16, "norm": "layer", "dropout": 0.0, "zero_init": False, "dtype": "float32", "attention": "dense",
-       "scan_layers": False, "remat": False}  # fmt: skip
+       "mlp_width": 16, "norm": "layer", "dropout": 0.0, "zero_init": False, "dtype": "float32",
+       "attention": {"mask": ["full()"], "implementation": ""}, "scan_layers": False, "remat": False}  # fmt: skip
 GRU = {"shape": [6, 2], "outputs": 3, "hidden": 4, "layers": 2, "bidirectional": True, "readout": "last", "init": "uniform",
        "dtype": "float32", "unroll": 3}  # fmt: skip
 SERIES = {"shape": [40], "outputs": 10, "widths": [4, 5], "windows": [5, 3], "stride": 2, "padding": 1, "init": "uniform",
@@ -161,6 +161,7 @@ REFUSED = [
     (cnn, CNN, {"normalization": "group", "widths": [20]}, "model.widths: each=20 is not divisible by a group"),
     (cnn, CNN, {"convolution": "fft"}, "model.convolution='fft' is unknown; allowed: lax, patches"),
     (vit, VIT, {"patch": 3}, "each side of the image=8 is not divisible by model.patch=3; nearest: 6 or 9"),
+    (vit, VIT, {"attention": "dense"}, "model.attention='dense' is no section; allowed: mask, implementation, as in "),
     (vit, VIT, {"heads": 3}, "model.width=8 is not divisible by model.heads=3; nearest: 6 or 9"),
     (mlp, MLP, {"activation": "sigmoidd"}, "model.activation='sigmoidd' is unknown; allowed: gelu, relu"),
     (mlp, MLP, {"hidden": [0]}, "model.hidden and model.shape: each=0 must be at least 1"),

@@ -14,11 +14,13 @@ from research.tasks import classification, language_model
 
 KEY = jax.random.key(0)
 MODEL = {
-    "vocab": 8, "context": 136, "width": 8, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 0, "pattern": "LG", "window": 8,
-    "rope_base": 1e4, "qk_norm": 1.0, "mlp": "swiglu", "mlp_width": 16, "norm": "rms", "conv": 2, "dropout": 0.0, "ngrams": [2],
-    "ngram_bits": 4, "ngram_width": 4, "induction": [2], "copy": True, "tie_embeddings": False, "embed_scale": 1.0,
-    "embed_norm": True, "zero_init": False, "dtype": "float32", "attention": "blockwise", "scan_layers": False, "remat": False,
+    "vocab": 8, "context": 136, "width": 8, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 0,
+    "attention": {"mask": ["window(7, 0)", "full()"], "implementation": ""}, "rope_base": 1e4, "qk_norm": 1.0, "mlp": "swiglu",
+    "mlp_width": 16, "norm": "rms", "conv": 2, "dropout": 0.0, "ngrams": [2], "ngram_bits": 4, "ngram_width": 4,
+    "induction": [2], "copy": True, "tie_embeddings": False, "embed_scale": 1.0, "embed_norm": True, "zero_init": False,
+    "dtype": "float32", "scan_layers": False, "remat": False,
 }  # fmt: skip
+DENSE = {"mask": ["window(7, 0) | global_tokens(2)", "full()"], "implementation": "reference"}
 
 
 def language(**options):
@@ -48,9 +50,7 @@ def steps(task, batch, layout):
     return np.asarray(total / jnp.broadcast_to(weight, total.shape))
 
 
-@pytest.mark.parametrize(
-    "made", [language, lambda: language(scan_layers=True, ngrams=[], copy=False, attention="dense"), images]
-)
+@pytest.mark.parametrize("made", [language, lambda: language(scan_layers=True, ngrams=[], copy=False, attention=DENSE), images])
 def test_eight_devices_equal_one(made):
     task, batch = made()
     alone = steps(task, batch, None)

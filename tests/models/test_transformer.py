@@ -14,22 +14,26 @@ from research.nn import stack
 
 VALUES = 2e-5
 KEY = jax.random.key(0)
+SLIDING, SINKING, GLOBAL = "window(3, 0)", "window(3, 0) | global_tokens(2)", "full()"
 BASE = {
-    "vocab": 5, "context": 12, "width": 8, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 0, "pattern": "G", "window": 4,
-    "rope_base": 1e4, "qk_norm": 0.0, "mlp": "squared_relu", "mlp_width": 12, "norm": "rms", "conv": 0, "dropout": 0.0,
-    "ngrams": [], "ngram_bits": 4, "ngram_width": 4, "induction": [], "copy": False, "tie_embeddings": False,
-    "embed_scale": 1.0, "embed_norm": False, "zero_init": False, "dtype": "float32", "attention": "dense",
-    "scan_layers": False, "remat": False,
+    "vocab": 5, "context": 12, "width": 8, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 0, "rope_base": 1e4,
+    "qk_norm": 0.0, "mlp": "squared_relu", "mlp_width": 12, "norm": "rms", "conv": 0, "dropout": 0.0, "ngrams": [],
+    "ngram_bits": 4, "ngram_width": 4, "induction": [], "copy": False, "tie_embeddings": False, "embed_scale": 1.0,
+    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": False,
 }  # fmt: skip
 
 
+def attention(*mask, implementation=""):
+    return {"mask": mask, "implementation": implementation}
+
+
 @functools.cache
-def built(options):
-    return transformer(**BASE | dict(options))
+def built(mask, implementation, options):
+    return transformer(**BASE | {"attention": attention(*mask, implementation=implementation)} | dict(options))
 
 
-def model(**options):
-    return built(tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())))
+def model(*, mask=(GLOBAL,), implementation="", **options):
+    return built(mask, implementation, tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())))
 
 
 def tokens(batch=2, length=12):
@@ -53,12 +57,14 @@ def decoded(f, variables, given, sizes, compiled=True):
     return jnp.concatenate(out, axis=1)
 
 
-COMBINATIONS = list(itertools.product([0.0, 1e4], [1, 4], ["G", "L", "LG"], [0.0, 2.0]))
+COMBINATIONS = list(
+    itertools.product([0.0, 1e4], [1, 4], [(GLOBAL,), (SLIDING,), (SLIDING, GLOBAL), (SINKING, GLOBAL)], [0.0, 2.0])
+)
 
 
-@pytest.mark.parametrize("rope_base, kv_heads, pattern, qk_norm", COMBINATIONS)
-def test_decoding_in_pieces_equals_reading_at_once(rope_base, kv_heads, pattern, qk_norm):
-    f = model(rope_base=rope_base, kv_heads=kv_heads, pattern=pattern, qk_norm=qk_norm)
+@pytest.mark.parametrize("rope_base, kv_heads, mask, qk_norm", COMBINATIONS)
+def test_decoding_in_pieces_equals_reading_at_once(rope_base, kv_heads, mask, qk_norm):
+    f = model(rope_base=rope_base, kv_heads=kv_heads, mask=mask, qk_norm=qk_norm)
     variables = f.init(KEY)
     given = tokens()
     whole = f.apply(variables, given)[0]
@@ -72,10 +78,11 @@ def test_decoding_in_pieces_equals_reading_at_once(rope_base, kv_heads, pattern,
 @pytest.mark.parametrize(
     "options",
     [
-        {"pattern": "LG", "conv": 3, "ngrams": [2, 3], "induction": [1, 2], "copy": True, "embed_norm": True, "qk_norm": 3.0},
-        {"pattern": "LG", "scan_layers": True, "layers": 4, "kv_heads": 2, "tie_embeddings": True, "norm": "layer"},
+        {"mask": (SLIDING, GLOBAL), "conv": 3, "ngrams": [2, 3], "induction": [1, 2], "copy": True, "embed_norm": True,
+         "qk_norm": 3.0},
+        {"mask": (SLIDING, SINKING), "scan_layers": True, "layers": 4, "kv_heads": 2, "tie_embeddings": True, "norm": "layer"},
     ],
-)
+)  # fmt: skip
 def test_decoding_token_by_token_equals_reading_at_once_with_everything_on(options):
     f = model(**options)
     variables = f.init(KEY)
@@ -85,7 +92,7 @@ def test_decoding_token_by_token_equals_reading_at_once_with_everything_on(optio
 
 
 def test_a_rolling_cache_is_as_long_as_the_window_and_a_full_one_as_the_context():
-    f = model(pattern="LG")
+    f = model(mask=(SLIDING, GLOBAL))
     specs = f.ask("cache_specs", 3)["blocks"]
     assert specs["0"]["attention"]["key"].shape == (3, 4, 4, 2)
     assert specs["1"]["attention"]["key"].shape == (3, 12, 4, 2)
@@ -93,9 +100,9 @@ def test_a_rolling_cache_is_as_long_as_the_window_and_a_full_one_as_the_context(
     assert specs["1"]["attention"]["key"].axes == ("batch", "context", "kv_heads", "head_dim")
 
 
-@pytest.mark.parametrize("attention", ["dense", "blockwise"])
-def test_a_token_changes_no_logits_before_it(attention):
-    f = model(pattern="LG", conv=3, ngrams=[2], induction=[1], copy=True, attention=attention)
+@pytest.mark.parametrize("mask, implementation", [((SLIDING, GLOBAL), "reference"), ((SLIDING, GLOBAL), ""), ((SINKING,), "")])
+def test_a_token_changes_no_logits_before_it(mask, implementation):
+    f = model(mask=mask, implementation=implementation, conv=3, ngrams=[2], induction=[1], copy=True)
     variables = f.init(KEY)
     read = jax.jit(lambda v, x: f.apply(v, x)[0])
     given = tokens()
@@ -106,7 +113,7 @@ def test_a_token_changes_no_logits_before_it(attention):
 
 
 def test_scanned_layers_are_the_same_function_as_written_out_ones():
-    written, scanned = (model(pattern="LG", layers=4, scan_layers=scan, mlp="swiglu") for scan in (False, True))
+    written, scanned = (model(mask=(SLIDING, GLOBAL), layers=4, scan_layers=scan, mlp="swiglu") for scan in (False, True))
     variables = written.init(KEY)
     params = variables["params"]
     converted = {**variables, "params": {**params, "blocks": stack.stack_layers(params["blocks"], 2)}}
@@ -126,10 +133,30 @@ def test_scanned_layers_are_the_same_function_as_written_out_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads_scanned, grads)
 
 
-def test_blockwise_attention_in_bfloat16_is_near_dense_in_float32():
-    exact = model()
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "layers": 4}], ids=["written out", "scanned"])
+def test_a_step_of_gradient_descent_is_differentiated(options):
+    """Reverse over reverse: of MAML, and of hypergradients."""
+
+    def slopes(implementation):
+        f = model(mask=(SLIDING, SINKING), implementation=implementation, **options)
+        variables = f.init(KEY)
+
+        def loss(params, given):
+            return jnp.mean(jnp.square(f.apply({**variables, "params": params}, given)[0]))
+
+        def after_a_step(params):
+            slope = jax.grad(loss)(params, tokens())
+            return loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, slope), tokens()[:, ::-1])
+
+        return jax.jit(jax.grad(after_a_step))(variables["params"])
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slopes(""), slopes("reference"))
+
+
+def test_in_bfloat16_it_is_near_the_reference_in_float32():
+    exact = model(implementation="reference")
     variables = exact.init(KEY)
-    low = model(attention="blockwise", dtype="bfloat16")
+    low = model(dtype="bfloat16")
     a, b = (f.apply(variables, tokens())[0] for f in (exact, low))
     assert b.dtype == jnp.float32
     assert 1e-5 < float(jnp.abs(a - b).max()) < 0.1
@@ -182,7 +209,7 @@ def test_a_value_that_is_not_finite_is_told_by_its_layer(options, says):
 
 
 def test_every_parameter_names_its_axes():
-    f = model(pattern="LG", conv=3, qk_norm=1.0, mlp="swiglu", ngrams=[2], induction=[1], copy=True, norm="layer")
+    f = model(mask=(SLIDING, GLOBAL), conv=3, qk_norm=1.0, mlp="swiglu", ngrams=[2], induction=[1], copy=True, norm="layer")
     shapes = jax.eval_shape(f.init, KEY)["params"]
     jax.tree.map(lambda x, axes: None if len(axes) == x.ndim else pytest.fail(str((x, axes))), shapes, f.axes["params"])
     block = f.axes["params"]["blocks"]["0"]
@@ -197,16 +224,23 @@ IMPOSSIBLE = [
     ({"kv_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3; nearest: 3 or 6"),
     ({"kv_heads": 0}, "model.kv_heads=0 must be at least 1"),
     ({"width": 12}, "model.head_dim=3 is odd, and rotary embedding (model.rope_base=10000.0) turns pairs; nearest: 2 or 4"),
-    ({"pattern": "L", "window": 0}, "model.window=0 must be at least 1"),
-    ({"pattern": "LLLG"}, "model.layers=2 is not divisible by the length of model.pattern=4; nearest: 4"),
-    ({"pattern": "LX"}, "model.pattern='LX' must be letters G (global) and L (sliding), such as 'LLLG'"),
-    ({"pattern": ""}, "model.pattern='' must be letters"),
+    (
+        {"attention": attention(GLOBAL, SLIDING, SLIDING)},
+        "model.layers=2 is not divisible by the number of masks in model.atten",
+    ),
+    ({"attention": attention("windo(3, 0)")}, "model.attention.mask[0]='windo(3, 0)': windo is unknown; allowed: bigbird, "),
+    ({"attention": attention()}, "model.attention.mask=[] must have an expression or more"),
+    ({"attention": attention("per_head(full())")}, "model.attention.mask[0]='per_head(full())': it is of 1 heads; allowed: "),
     ({"layers": 0}, "model.layers=0 must be at least 1"),
     ({"dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
     ({"mlp": "swigelu"}, "model.mlp='swigelu' is unknown; allowed: gelu, relu, silu, squared_relu, swiglu; nearest: 'swiglu'"),
     ({"norm": "rmsnorm"}, "model.norm='rmsnorm' is unknown; allowed: layer, plain_rms, rms"),
     ({"dtype": "bfloat"}, "model.dtype='bfloat' is unknown; allowed: bfloat16, float32; nearest: 'bfloat16'"),
-    ({"attention": "flash"}, "model.attention='flash' is unknown; allowed: blockwise, dense"),
+    ({"attention": "flash"}, "model.attention='flash' is no section; allowed: mask, implementation, as in "),
+    (
+        {"attention": attention(GLOBAL, implementation="flash")},
+        "model.attention.implementation='flash' is unknown; allowed: gpu, ",
+    ),
     ({"conv": -1}, "model.conv=-1 must be 0 (none) or the number of taps"),
     ({"copy": True}, "model.copy=True copies what model.induction finds"),
     ({"ngrams": [2], "ngram_bits": 40}, "model.ngram_bits=40 must be at least 1 and at most 24"),
@@ -217,6 +251,6 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("options, message", IMPOSSIBLE)
 def test_what_cannot_be_built_is_refused_in_one_line_by_key(options, message):
     with pytest.raises(ValueError) as error:
-        transformer(**BASE | options)
+        transformer(**BASE | {"attention": attention(GLOBAL)} | options)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)

@@ -15,16 +15,18 @@ from research.tasks.generate import context_of, drawn, empty_cache
 
 KEY = jax.random.key(0)
 MODEL = {
-    "vocab": 7, "context": 12, "width": 8, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 0, "pattern": "LG", "window": 4,
+    "vocab": 7, "context": 12, "width": 8, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 0,
+    "attention": {"mask": ["window(3, 0)", "full()"], "implementation": ""},
     "rope_base": 1e4, "qk_norm": 1.0, "mlp": "gelu", "mlp_width": 12, "norm": "rms", "conv": 2, "dropout": 0.0, "ngrams": [2],
     "ngram_bits": 4, "ngram_width": 4, "induction": [1], "copy": True, "tie_embeddings": False, "embed_scale": 1.0,
-    "embed_norm": False, "zero_init": False, "dtype": "float32", "attention": "dense", "scan_layers": False, "remat": False,
+    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": False,
 }  # fmt: skip
 
 
 @functools.cache
-def task_of(label_smoothing=0.0, z_loss=0.0, pattern="LG", induction=(1,)):
-    model = transformer(**MODEL | {"pattern": pattern, "induction": induction, "copy": bool(induction)})
+def task_of(label_smoothing=0.0, z_loss=0.0, mask=("window(3, 0)", "full()"), induction=(1,)):
+    attention = {"mask": mask, "implementation": ""}
+    model = transformer(**MODEL | {"attention": attention, "induction": induction, "copy": bool(induction)})
     return language_model(model, batch=3, length=8, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
@@ -117,7 +119,7 @@ def test_generation_stays_within_the_context():
 
 
 def test_a_model_of_sliding_windows_alone_has_no_limit():
-    task = task_of(pattern="LL", induction=())
+    task = task_of(mask=("window(3, 0)",), induction=())
     assert context_of(task.methods["decode"]) is None
     text = generate(
         task.methods["decode"], task.init(KEY), jnp.ones((1, 3), jnp.int32), KEY, tokens=30, temperature=0.0, top_k=0
