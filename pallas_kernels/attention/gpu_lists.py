@@ -18,7 +18,8 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments, Sizes
 
-MOST_PAIRS = 1 << 28  # in the partial blocks of a mask that is spelt out pair by pair: bytes of bitmaps, if no two agree
+MOST_PAIRS = 1 << 30  # in the partial blocks of a mask that has to be spelt out: each is asked for once, here
+MOST_BYTES = 1 << 28  # of the bitmaps that differ
 
 
 class Visits(NamedTuple):
@@ -40,7 +41,8 @@ class Blocked(NamedTuple):
 
     lists: BlockLists
     which: Any  # int32 [B, H, n]: the pattern of an entry; None where `mask` is asked
-    patterns: Any  # int8 [patterns, q_block, kv_block]: 1 where the query sees the key; or None
+    patterns: Any  # int32 [patterns, q_block, kv_block]: 1 where the query sees the key; or None. As wide as the scores are:
+    # Triton spills registers when it has to spread bytes out to where scores lie
     mask: Mask | None  # what PARTIAL blocks have to ask, where no array is needed to answer
 
 
@@ -64,14 +66,19 @@ def blocked(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q
 
 @functools.lru_cache(maxsize=64)
 def _bitmaps(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
-    """The mask's patterns as int8, and two more: all seen (last but one; of FULL entries) and none seen (the last)."""
+    """The mask's patterns, and two more: all seen (last but one; of FULL entries) and none seen (the last)."""
     pairs = mask.counts()["partial"] * mask.sizes.q_block * mask.sizes.kv_block
     if pairs > MOST_PAIRS:
         raise NotImplementedError(f"mask: it looks at arrays, and its partial blocks have {pairs} pairs, above {MOST_PAIRS}")
     patterns, which = mask.patterns
     ends = np.stack([np.ones(patterns.shape[1:], bool), np.zeros(patterns.shape[1:], bool)])
     which = np.where(mask.lists.kind == FULL, len(patterns), which)
-    return np.concatenate([patterns, ends]).astype(np.int8), which.astype(np.int32)
+    patterns = np.concatenate([patterns, ends])
+    if 4 * patterns.size > MOST_BYTES:
+        raise NotImplementedError(
+            f"mask: it looks at arrays, and its bitmaps have {4 * patterns.size} bytes, above {MOST_BYTES}"
+        )
+    return patterns.astype(np.int32), which.astype(np.int32)
 
 
 def _looked_up(mask: BlockMask, which: np.ndarray, patterns: int, lists: BlockLists) -> jax.Array:
