@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import masks
+from pallas_kernels.attention import gpu, masks
 from pallas_kernels.attention.api import sparse_attention
 from pallas_kernels.attention.block_mask import SelectedBlocks
+from pallas_kernels.attention.lists import Segments
 from pallas_kernels.cases import Build, Case
 
 
@@ -71,8 +72,8 @@ VALUE_DIM = {"two head dims 4k": 128}  # where it is not that of the keys
 FORWARD_ONLY = ("decode 32k",)
 
 
-def build(name: str, implementation: str, backward: bool) -> Build:
-    """What a `Case` needs: a function of the operands, and their shapes."""
+def build(name: str, implementation: str, backward: bool, through: Literal["mosaic", "triton"] | None = None) -> Build:
+    """What a `Case` needs: a function of the operands, and their shapes. through: of "gpu", instead of what it would choose."""
 
     def made() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         shape = SHAPES[name]
@@ -88,6 +89,8 @@ def build(name: str, implementation: str, backward: bool) -> Build:
         def forward(q, k, v, data):
             data = dict(data)
             chosen = SelectedBlocks(data.pop("index"), 128, 128, mask) if "index" in data else mask
+            if through is not None:
+                return _through(through, q, k, v, chosen, **shape.fixed, **data)
             return sparse_attention(q, k, v, chosen, implementation=implementation, return_lse=True, **shape.fixed, **data)
 
         def both(q, k, v, data, cotangents):
@@ -107,6 +110,14 @@ def build(name: str, implementation: str, backward: bool) -> Build:
     return made
 
 
+def _through(through, q, k, v, mask, *, q_offset=0, score_mod=None, segment_ids=None, sinks=None, softcap=None):
+    segments = None if segment_ids is None else Segments(segment_ids, segment_ids)
+    return gpu.attend(
+        q, k, v, mask, q_offset=q_offset, score_mod=score_mod, segment_ids=segments, sinks=sinks, softcap=softcap,
+        scale=q.shape[3] ** -0.5, through=through,
+    )  # fmt: skip
+
+
 def cases(implementation: str) -> list[Case]:
     """Every shape, forward, and forward and backward."""
     return [
@@ -118,6 +129,17 @@ def cases(implementation: str) -> list[Case]:
 
 
 TPU_CASES = cases("tpu")
-GPU_CASES: list[Case] = []
+ON_HOPPER = ("causal 8k", "causal 2k, small heads", "window 1024 at 32k", "strided 8k", "selected 16k")  # what its kernel has
+WITHOUT = {"A100": "wgmma and TMA are from sm_90 on", "B200": "sm_100 has tcgen05 in place of wgmma; not written"}
+GPU_CASES = [
+    Case(
+        "attention", f"{name}, {words} (gpu, {through})", "gpu", build(name, "gpu", backward, through),
+        WITHOUT if through == "mosaic" else {},
+    )
+    for through in ("mosaic", "triton")
+    for name in (ON_HOPPER if through == "mosaic" else SHAPES)
+    for backward, words in ((False, "forward"), (True, "both"))
+    if not (backward and name in FORWARD_ONLY)
+]  # fmt: skip
 
 CASES = TPU_CASES + GPU_CASES
