@@ -1,9 +1,10 @@
 """Attention by blocks, ours beside JAX's own, torch's and FlexAttention: float32, one sequence, 4 heads x 64.
 
-Ours is what `sparse_attention` chooses here. Outputs (and gradients, where they are timed) agree before anything is timed: to 2e-5
-of the largest for values, 1e-4 for gradients. Both sides may use the processors that this process may. Before each call there is
-a pause, since threads of the one side wait busily for a while after their work, and would take the processors of the other. The
-smallest window has 512 keys, its query's own included. FlexAttention has no backward pass on CPU.
+Ours is what `sparse_attention` chooses here. Outputs (and gradients, where they are timed) agree before anything is timed: to
+2e-5 of the largest for values, 1e-4 for gradients. Both sides may use the processors that this process may. Before each call
+there is a pause, since threads of the one side wait busily for a while after their work, and would take the processors of the
+other.
+The smallest window has 512 keys, its query's own included. FlexAttention has no backward pass on CPU.
 
 The last rows are no times: static counts of the TPU compiler's schedule for ours and JAX's splash attention at equal blocks.
 """
@@ -102,7 +103,8 @@ def row(work: str, sides, same: bool = True, rounds: int = 10):
 
 
 def against_jax() -> list[dict]:
-    """Windows, forward and backward, beside JAX's attention with the same mask, which computes all pairs. Warm-up is one call."""
+    """Windows, forward and backward, beside JAX's attention with the same mask, which computes all pairs. Warm-up is one
+    call."""
     rows = []
     for length in (4096, 8192, 16384):
         dense = functools.partial(jax.nn.dot_product_attention, local_window_size=(WINDOW - 1, 0))

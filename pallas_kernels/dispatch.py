@@ -1,4 +1,5 @@
-"""The one chooser of all kernels: `implementation=None` takes the best that supports the call, a name takes that one or fails."""
+"""The one chooser of all kernels: `implementation=None` takes the best that supports the call, a name takes that one or
+fails."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ def sparse_attention(
     """softmax(scale q k') v over the keys that each query sees; the formula stands in `reference`.
 
     q: [batch, q_len, q_heads, d_qk]; k: [batch, kv_len, kv_heads, d_qk]; v: [batch, kv_len, kv_heads, d_v], all of one dtype:
-        float32, bfloat16, float16 or (with x64) float64; JAX or NumPy. q_heads is a multiple of kv_heads, and query head h reads
-        key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). Sums are float32 at least.
+        float32, bfloat16, float16 or (with x64) float64; JAX or NumPy. q_heads is a multiple of kv_heads, and query head h
+        reads key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). Sums are float32 at
+        least.
     mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data.
     q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache.
     score_mod: (score, batch, head, q_index, kv_index) -> score, as FlexAttention takes it, called with arrays that broadcast;
@@ -58,8 +59,8 @@ def sparse_attention(
     implementation: "reference", "xla", "tpu" or "gpu"; None takes the best that supports the call.
 
     Returns [batch, q_len, q_heads, d_v] in q's dtype. Queries that see nothing get 0 (lse -inf) and have zero gradients; keys
-    that are not seen have no influence, be they NaN. Raises ValueError for shapes and dtypes that do not fit, NotImplementedError
-    from a named implementation for what it does not support.
+    that are not seen have no influence, be they NaN. Raises ValueError for shapes and dtypes that do not fit,
+    NotImplementedError from a named implementation for what it does not support.
     """
     q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _check_qkv(q, k, v)
@@ -69,6 +70,8 @@ def sparse_attention(
     mask = _mask(mask, q, k, q_offset)
     if segment_ids is not None:
         segment_ids = _segments(segment_ids, b, t, s)
+    if score_mod is not None and not callable(score_mod):
+        raise ValueError(f"score_mod: got {score_mod!r}, wanted a function (score, batch, head, q_index, kv_index) -> score")
     if sinks is not None:
         sinks = _array("sinks", sinks)
         _expect("sinks", sinks.shape, (h,), "[q_heads]")
@@ -144,7 +147,11 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
 
 def _offset(q_offset: Any, batch: int) -> Any:
     if isinstance(q_offset, (int, np.integer)) and not isinstance(q_offset, bool):
+        if not -(2**31) <= q_offset < 2**31:
+            raise ValueError(f"q_offset: got {q_offset}, wanted a whole number that int32 holds")
         return int(q_offset)
+    if not isinstance(q_offset, (bool, float, np.generic, np.ndarray, jax.Array)):
+        raise ValueError(f"q_offset: got {type(q_offset).__name__}, wanted a whole number, or integers [] or [{batch}]")
     shape, dtype = jnp.shape(q_offset), jnp.result_type(q_offset)
     if shape not in ((), (batch,)) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"q_offset: got {dtype}{list(shape)}, wanted a whole number, or integers [] or [{batch}]")
@@ -156,7 +163,11 @@ def _segments(segment_ids: Any, b: int, t: int, s: int) -> Segments:
     if len(pair) != 2:
         raise ValueError(f"segment_ids: got {len(pair)} arrays, wanted one or a pair, for queries and keys")
     for ids, length in zip(pair, (t, s)):
+        if not isinstance(ids, (jax.Array, np.ndarray)):
+            raise ValueError(f"segment_ids: got {type(ids).__name__}, wanted an array [batch, length] or a tuple of two")
         _expect("segment_ids", jnp.shape(ids), (b, length), "[batch, length]")
         if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
             raise ValueError(f"segment_ids: got dtype {jnp.result_type(ids)}, wanted integers")
+        if isinstance(ids, np.ndarray) and (ids.min() < -(2**31) or ids.max() >= 2**31):
+            raise ValueError(f"segment_ids: got ids from {ids.min()} to {ids.max()}, wanted such that int32 holds")
     return Segments(*(jnp.asarray(ids, jnp.int32) for ids in pair))

@@ -37,7 +37,8 @@ CELLS = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 class BlockMask:
     """A mask on `sizes` pairs, queries counted from q_offset, sorted into blocks. Equal and hashed by what it is made from.
 
-    `block_mask` makes it; `sparse_attention` takes it in place of a mask, and then goes by its blocks. Printed, it is a picture.
+    `block_mask` makes it; `sparse_attention` takes it in place of a mask, and then goes by its blocks. Printed, it is a
+    picture.
     """
 
     mask: Mask
@@ -105,8 +106,8 @@ class BlockMask:
 
     @functools.cached_property
     def patterns(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the partial blocks look like inside, each pattern once: (bool [patterns, q_block, kv_block], int32 [batch, heads,
-        n] which of them an entry of `lists` has; 0 where it has none). Keys beyond the last are not seen."""
+        """What the partial blocks look like inside, each pattern once: (bool [patterns, q_block, kv_block], int32 [batch,
+        heads, n] which of them an entry of `lists` has; 0 where it has none). Keys beyond the last are not seen."""
         row, column, kind = self.lists
         found: dict[bytes, int] = {}
         patterns: list[np.ndarray] = []
@@ -163,12 +164,18 @@ def _pictured(table: np.ndarray) -> Iterator[str]:
 @functools.lru_cache(maxsize=256)
 def block_mask(mask: Mask, q_len: int, kv_len: int, q_block: int = 128, kv_block: int = 128, *, q_offset: int = 0,
                heads: int = 0, batch: int = 0) -> BlockMask:  # fmt: skip
-    """The mask on q_len x kv_len pairs, in blocks of q_block x kv_block. heads, batch: how many there are; needed where the mask
-    tells any number of them apart. Equal arguments give the same value. Time and memory grow with the number of blocks, and
-    with the pairs in those that the mask's bounds leave open."""
-    for name, value in {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block}.items():
-        if value < 1:
-            raise ValueError(f"block_mask's {name}: got {value}, wanted at least 1")
+    """The mask on q_len x kv_len pairs, in blocks of q_block x kv_block. heads, batch: how many there are; needed where the
+    mask tells any number of them apart. Equal arguments give the same value. Time and memory grow with the number of blocks,
+    and with the pairs in those that the mask's bounds leave open."""
+    if not isinstance(mask, Mask):
+        raise ValueError(f"block_mask's mask: got {type(mask).__name__}, wanted a mask such as masks.causal()")
+    least = {"q_len": 1, "kv_len": 1, "q_block": 1, "kv_block": 1, "heads": 0, "batch": 0}
+    given = {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block, "heads": heads, "batch": batch}
+    for name, value in given.items():
+        if not isinstance(value, (int, np.integer)) or value < least[name]:
+            raise ValueError(f"block_mask's {name}: got {value!r}, wanted a whole number >= {least[name]}")
+    if not isinstance(q_offset, (int, np.integer)):
+        raise ValueError(f"block_mask's q_offset: got {q_offset!r}, wanted a whole number")
     counts = [_needed(*each) for each in (("heads", mask.heads, heads), ("batch", mask.batch, batch))]
     return BlockMask(mask, Sizes(q_len, kv_len, q_block, kv_block), *counts, q_offset)
 
@@ -191,8 +198,9 @@ def _needed(name: str, told_apart: int, given: int) -> int:
 class SelectedBlocks:
     """Sparsity as data: for every block of queries the blocks of keys it may see, such as the best few by some score.
 
-    index: int32 [batch or 1, heads, rows, count], heads being 1, that of the keys, or that of the queries; -1 selects nothing, and
-        a block selected twice counts once. rows: blocks of q_block in the queries. It may be traced. No gradient reaches it.
+    index: int32 [batch or 1, heads, rows, count], heads being 1, that of the keys, or that of the queries; -1 selects nothing,
+        and a block selected twice counts once. rows: blocks of q_block in the queries. It may be traced. No gradient reaches
+        it.
     mask: what is seen within the selected blocks, besides.
     """
 
@@ -203,6 +211,13 @@ class SelectedBlocks:
 
     def check(self, batch: int, q_heads: int, kv_heads: int, sizes: Sizes) -> None:
         """Raises ValueError where `index` does not fit the arrays."""
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask.mask: got {type(self.mask).__name__}, wanted a mask such as masks.causal()")
+        for name, block in (("q_block", self.q_block), ("kv_block", self.kv_block)):
+            if not isinstance(block, (int, np.integer)) or block < 1:
+                raise ValueError(f"mask.{name}: got {block!r}, wanted a whole number >= 1")
+        if not isinstance(self.index, (jax.Array, np.ndarray)):
+            raise ValueError(f"mask.index: got {type(self.index).__name__}, wanted an array of integers")
         shape, dtype = jnp.shape(self.index), jnp.result_type(self.index)
         good = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, kv_heads, q_heads) and shape[2] == sizes.rows
         if not good or not jnp.issubdtype(dtype, jnp.integer):
@@ -229,8 +244,8 @@ def block_lists(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: in
                 segments: Segments | None) -> BlockLists:  # fmt: skip
     """The lists of a call, by query block. `transposed` gives those by key block.
 
-    sizes: of the blocks that the implementation chose; a BlockMask and SelectedBlocks bring their own, equal to these. q_offset:
-    an int, or int32 [] or [batch], which may be traced.
+    sizes: of the blocks that the implementation chose; a BlockMask and SelectedBlocks bring their own, equal to these.
+    q_offset: an int, or int32 [] or [batch], which may be traced.
     """
     if isinstance(mask, SelectedBlocks):
         lists = mask.lists(batch, q_heads, sizes, q_offset)

@@ -1,8 +1,8 @@
 """Lists of the blocks of pairs that are not empty: what every implementation but the reference goes through.
 
-A list has an entry (row, column, kind) for each block of `q_block` x `kv_block` pairs in which a query sees a key, sorted by row,
-then column. Lists are NumPy arrays where the mask alone decides, and arrays of the step where data do: a traced offset, segments,
-selected blocks. The second kind keeps the size of the first; entries that fell away are EMPTY.
+A list has an entry (row, column, kind) for each block of `q_block` x `kv_block` pairs in which a query sees a key, sorted by
+row, then column. Lists are NumPy arrays where the mask alone decides, and arrays of the step where data do: a traced offset,
+segments, selected blocks. The second kind keeps the size of the first; entries that fell away are EMPTY.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class BlockLists(NamedTuple):
     """int32 arrays [B, H, n]; B is 1 where all sequences share a list, H where all heads do.
 
     row: of the block, not decreasing. Every row occurs: one without any pair has a single EMPTY entry, so that who goes through
-    the list comes by every row and can write what an empty row gives. column: of the block; of an EMPTY entry, that of the entry
-    before, so that nothing is fetched for it. kind: EMPTY, PARTIAL or FULL.
+    the list comes by every row and can write what an empty row gives. column: of the block; of an EMPTY entry, that of the
+    entry before, so that nothing is fetched for it. kind: EMPTY, PARTIAL or FULL.
     """
 
     row: Any

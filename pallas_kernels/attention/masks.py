@@ -44,10 +44,7 @@ def causal() -> Mask:
 
 def window(left: int | None, right: int | None) -> Mask:
     """q - left <= kv <= q + right, as `local_window_size` of `jax.nn.dot_product_attention`; None is without end."""
-    for name, reach in (("left", left), ("right", right)):
-        if reach is not None:
-            _whole(f"window's {name}", reach, 0)
-    return Window(left, right)
+    return Window(*(None if n is None else _whole(f"window's {name}", n, 0) for name, n in (("left", left), ("right", right))))
 
 
 def block_window(size: int, left: int, right: int) -> Mask:
@@ -69,12 +66,14 @@ def document(ids: Any) -> Mask:
     values = np.asarray(ids)
     if values.ndim not in (1, 2) or not np.issubdtype(values.dtype, np.integer) or not values.size:
         raise ValueError(f"document's ids: got {values.dtype}{list(values.shape)}, wanted integers [length] or [batch, length]")
-    return Document(Data(values), bool((np.diff(values, axis=-1) >= 0).all()))
+    if values.min() < np.iinfo(np.int32).min or values.max() > np.iinfo(np.int32).max:  # which JAX would cut off
+        values = np.unique(values, return_inverse=True)[1].reshape(values.shape)
+    return Document(Data(values), bool((values[..., 1:] >= values[..., :-1]).all()))
 
 
 def strided(stride: int) -> Mask:
-    """(q - kv) % stride == 0. With a window it is the strided pattern of Sparse Transformers (Child et al. 2019, arXiv 1904.10509,
-    section 4.3): `causal() & (window(l, 0) | strided(l))`."""
+    """(q - kv) % stride == 0. With a window it is the strided pattern of Sparse Transformers (Child et al. 2019, arXiv
+    1904.10509, section 4.3): `causal() & (window(l, 0) | strided(l))`."""
     return Strided(_whole("strided's stride", stride, 1))
 
 
@@ -115,8 +114,8 @@ def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) 
 
 
 def bigbird(key: Any, size: int, length: int, window: int = 3, globals_: int = 2, count: int = 3, heads: int = 0) -> Mask:
-    """BigBird's blocks of `size`: a window of `window` blocks, the first `globals_` blocks seen by all and seeing all, and `count`
-    random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are)."""
+    """BigBird's blocks of `size`: a window of `window` blocks, the first `globals_` blocks seen by all and seeing all, and
+    `count` random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are)."""
     reach = _whole("bigbird's window", window, 1) // 2
     mask = block_window(size, reach, reach)
     if globals_:
@@ -128,14 +127,18 @@ def per_head(*masks: Mask) -> Mask:
     """The i-th mask for query head i."""
     if not masks:
         raise ValueError("per_head: got no masks, wanted one a query head")
+    for mask in masks:
+        if not isinstance(mask, Mask):
+            raise ValueError(f"per_head: got {type(mask).__name__}, wanted masks such as causal(), one a query head")
     return PerHead(masks)
 
 
 def from_function(mask_mod: Callable[[Any, Any, Any, Any], Any]) -> Mask:
-    """A mask_mod as FlexAttention takes it: (batch, head, q_index, kv_index) -> bool, called with integer arrays that broadcast.
+    """A mask_mod as FlexAttention takes it: (batch, head, q_index, kv_index) -> bool, called with integer arrays that
+    broadcast.
 
-    It is compared by identity, and looked at pair by pair when its blocks are sorted. Raises ValueError if its result is no bool
-    or if it closes over a traced array.
+    It is compared by identity, and looked at pair by pair when its blocks are sorted. Raises ValueError if its result is no
+    bool or if it closes over a traced array.
     """
     if not callable(mask_mod):
         raise ValueError(f"from_function: got {mask_mod!r}, wanted a function (batch, head, q_index, kv_index) -> bool")

@@ -235,7 +235,17 @@ def looks(function: Callable[..., Any]) -> Looks:
     """Read off the function's jaxpr: what its result is computed from."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.ensure_compile_time_eval():
-        program = jax.make_jaxpr(function)(index, index, index, index)
+        try:
+            program = jax.make_jaxpr(function)(index, index, index, index)
+        except (
+            jax.errors.ConcretizationTypeError,
+            jax.errors.TracerArrayConversionError,
+            jax.errors.TracerIntegerConversionError,
+        ) as error:
+            raise ValueError(
+                "a mask_mod needs the value of an index, which is an array: wanted &, |, ~ and jnp.where instead of and, or, "
+                "not and if, and tables as jnp.asarray(table)[index]"
+            ) from error
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
         raise ValueError(
             "a mask_mod closes over a traced array, and a mask is a value; for data of a step there are segment_ids"
@@ -263,7 +273,9 @@ class Function(Mask):
     batch = property(lambda self: ANY if looks(self.function).batch else 0)  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
-        return self.function(batch, head, q_index, kv_index) | never(q_index, kv_index)
+        # always JAX's int32, as in kernels: NumPy's int64 does not wrap, and ~True is -2 in Python
+        indices = (jnp.asarray(index, jnp.int32) for index in (batch, head, q_index, kv_index))
+        return self.function(*indices) | never(q_index, kv_index)
 
     def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
         no = never(q_first, kv_first)

@@ -4,8 +4,8 @@
     weight = exp(score - lse) where the query sees the key, 0 elsewhere;  out = weight v
     lse = log(sum of exp(score) over the keys that are seen, and exp(sink) of the head)
 
-A key that a query does not see has no influence on what the query gets, nor gradients from it, whatever the key holds. One that is
-seen and not finite makes it NaN. A query that sees nothing gets 0, and lse -inf where its head has no sink.
+A key that a query does not see has no influence on what the query gets, nor gradients from it, whatever the key holds. One
+that is seen and not finite makes it NaN. A query that sees nothing gets 0, and lse -inf where its head has no sink.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
 
 
 def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, scale):
-    """(out [batch, q_len, q_heads, d_v], lse [batch, q_len, q_heads] in the dtype of sums). Arguments: see `sparse_attention`."""
+    """(out [batch, q_len, q_heads, d_v], lse [batch, q_len, q_heads] in the dtype of sums). Arguments: see
+    `sparse_attention`."""
     b, t, h, _ = q.shape
     s, dtype = k.shape[1], jnp.promote_types(q.dtype, jnp.float32)
     k_BxSxHxD, v_BxSxHxD = (jnp.repeat(x.astype(dtype), h // k.shape[2], axis=2) for x in (k, v))

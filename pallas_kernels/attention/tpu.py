@@ -193,8 +193,8 @@ def _attention_backward(call: Call, layouts: Passes, residuals, cotangents):
     sizes = call.backward
     rows = sizes.q_block * call.fold
     q_rows, kv_rows = sizes.rows * rows, sizes.columns * sizes.kv_block
-    # ds = p (dp - (rowsum(do * out) - dlse)). Where lse is NaN, p is NaN for the keys seen and 0 for others; those must get 0, so
-    # that the factor cannot be NaN too.
+    # ds = p (dp - (rowsum(do * out) - dlse)). Where lse is NaN, p is NaN for the keys seen and 0 for others; those must get 0,
+    # so that the factor cannot be NaN too.
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse
     nothing = lse == -jnp.inf
     # no weight for queries that see nothing, nor for the rows of padding

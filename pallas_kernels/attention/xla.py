@@ -1,8 +1,8 @@
 """Attention by blocks in plain JAX: what runs on CPU, and anywhere else where there is no kernel.
 
-Time and memory are linear in the number of non-empty blocks; going backward, scores are computed again. Lists that the mask alone
-decides and that all heads share are laid out before anything runs (`xla_plan`), and may be differentiated any number of times;
-other lists are looped over as they come (`xla_loops`), and may be differentiated once. Reverse mode only.
+Time and memory are linear in the number of non-empty blocks; going backward, scores are computed again. Lists that the mask
+alone decides and that all heads share are laid out before anything runs (`xla_plan`), and may be differentiated any number of
+times; other lists are looped over as they come (`xla_loops`), and may be differentiated once. Reverse mode only.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
 
 
 def _scales(scale: float, dtype: Any) -> tuple[float, float]:
-    """(of queries, of products): what queries can be multiplied with beforehand. Short floats are so by powers of two, which lose
-    nothing to rounding."""
+    """(of queries, of products): what queries can be multiplied with beforehand. Short floats are so by powers of two, which
+    lose nothing to rounding."""
     if not scale or jnp.finfo(dtype).bits >= 32:
         return scale, 1.0
     before = 2.0 ** round(math.log2(abs(scale)))

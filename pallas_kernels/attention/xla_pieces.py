@@ -33,8 +33,8 @@ def heads_last(x_NxGxTx: jax.Array) -> jax.Array:
 
 
 def each(one: Callable[..., Any], arrays: Any, on_a_mesh: bool, together: int = 1) -> Any:
-    """one(index, *arrays of one sequence), results stacked. `together` sequences at a time, which keeps what is computed together in
-    cache; all at once on a mesh, which may split them."""
+    """one(index, *arrays of one sequence), results stacked. `together` sequences at a time, which keeps what is computed
+    together in cache; all at once on a mesh, which may split them."""
     count = jax.tree.leaves(arrays)[0].shape[0]
     if count == 1:
         return jax.tree.map(lambda x: x[None], one(0, *jax.tree.map(lambda x: x[0], arrays)))

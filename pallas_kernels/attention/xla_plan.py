@@ -41,7 +41,8 @@ class Hashed(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan(hashed: Hashed, at_once: int, band: int) -> tuple[Group, ...]:
-    """Groups in the order of their first rows. at_once: the most blocks of a row that are computed together; band: of several."""
+    """Groups in the order of their first rows. at_once: the most blocks of a row that are computed together; band: of
+    several."""
     row, column, kind = (np.frombuffer(x, np.int32) for x in hashed)
     count = int(row[-1]) + 1
     full, rest = [], []

@@ -36,8 +36,8 @@ def _sequences(groups: tuple[Group, ...], sizes: Sizes, heads: int) -> int:
 
 
 def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
-    """(carry, results [rows, …]) of one(carry, rows [R], full [R, …], rest [R, …], valid) for all rows of a group, `together` at a
-    time: in a loop, or, where that is one step, as it stands, with constant slices. Results of `one` are [R, …]."""
+    """(carry, results [rows, …]) of one(carry, rows [R], full [R, …], rest [R, …], valid) for all rows of a group, `together`
+    at a time: in a loop, or, where that is one step, as it stands, with constant slices. Results of `one` are [R, …]."""
     arrays = (group.rows.astype(np.int32), group.full, group.rest, group.valid)
     count = len(group.rows) // group.together
     steps = jax.tree.map(lambda x: x.reshape(count, group.together, *x.shape[1:]), arrays)
@@ -67,8 +67,8 @@ def _in_order(groups: tuple[Group, ...], results: list[Any]) -> Any:
 
 
 def _blocks(x_NxGxLx: jax.Array, index_RxW: Any, block: int) -> jax.Array:
-    """[N, R, G, W * block, …]: the blocks of every row, one after another. Where there are several rows, a row's blocks are those
-    of the row before moved by one."""
+    """[N, R, G, W * block, …]: the blocks of every row, one after another. Where there are several rows, a row's blocks are
+    those of the row before moved by one."""
     n, g, _, *rest = x_NxGxLx.shape
     r, w = index_RxW.shape
     if r == 1:

@@ -3,7 +3,8 @@
 Online softmax as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). With S the scores and
 P = exp(S - lse):  dV = P' dO,  dS = P * (dO V' - delta),  dQ = dS K,  dK = dS' Q,  where delta = rowsum(dO * O) - d lse.
 
-N counts the key heads that are computed together, times the rows if those are several; M the queries of all heads that share one.
+N counts the key heads that are computed together, times the rows if those are several; M the queries of all heads that share
+one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Where(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a score is and which are seen; all of it known before anything runs. score_mod: of single scores, its arrays hoisted."""
+    """What a score is and which are seen; all of it known before anything runs. score_mod: of single scores, its arrays
+    hoisted."""
 
     mask: Mask
     scale: float  # of products; what is exact to scale beforehand, queries have in them
@@ -80,8 +82,8 @@ class Sums(NamedTuple):
 def forward(
     sums: Sums | None, q_NxMxD, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid
 ) -> Sums:
-    """Adds keys. apart: the shape that N and M are put apart to, where `where` and `valid` are for scores [*apart, keys]. masked:
-    whether all of them are seen by all queries (False), or the mask has to be asked."""
+    """Adds keys. apart: the shape that N and M are put apart to, where `where` and `valid` are for scores [*apart, keys].
+    masked: whether all of them are seen by all queries (False), or the mask has to be asked."""
     raw = product("nmd,nkd->nmk", q_NxMxD, k_NxKxD)
     score = rule.score(raw.reshape(*apart, -1), where, *constants)
     if masked:
@@ -119,8 +121,8 @@ class Rows(NamedTuple):
 def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
     """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries. clean: the keys, not finite ones zeroed.
 
-    Scores are [N, keys, M] here: neither dK nor dV then needs them turned round. apart: the shape that they are put apart to, for
-    which `where` and `valid` are.
+    Scores are [N, keys, M] here: neither dK nor dV then needs them turned round. apart: the shape that they are put apart to,
+    for which `where` and `valid` are.
     """
     raw = product("nkd,nmd->nkm", k_NxKxD, rows.q)
     floats, others = constants

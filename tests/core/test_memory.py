@@ -22,7 +22,8 @@ for _ in range(60):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(int(statistics.median(faults[-15:])))  # the first 25 or so may grow the heap, when a dispatch overtakes the last one's end
+# the first 25 or so may grow the heap, when a dispatch overtakes the end of the one before
+print(int(statistics.median(faults[-15:])))
 """
 
 

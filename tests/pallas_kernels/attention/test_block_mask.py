@@ -112,7 +112,7 @@ def test_how_many_heads_there_are_has_to_be_said_and_to_fit():
     with pytest.raises(ValueError, match="it is one of 2 heads, and there are 3"):
         block_mask(masks.per_head(masks.causal(), masks.full()), 8, 8, 4, 4, heads=3)
     for name in ("q_len", "kv_len", "q_block", "kv_block"):
-        with pytest.raises(ValueError, match=f"block_mask's {name}: got 0, wanted at least 1"):
+        with pytest.raises(ValueError, match=f"block_mask's {name}: got 0, wanted a whole number >= 1"):
             block_mask(masks.causal(), **{"q_len": 8, "kv_len": 8, name: 0})
 
 

@@ -278,6 +278,9 @@ def test_masks_are_made_inside_of_jit_as_outside():
         (lambda: masks.random_blocks(0, 4, 11, 40), r"count: got 11, wanted at most the 10 blocks of 4 in 40 keys"),
         (lambda: masks.bigbird(0, 4, 40, window=0), r"bigbird's window: got 0"),
         (lambda: masks.per_head(), r"per_head: got no masks"),
+        (lambda: masks.per_head([masks.causal()]), r"per_head: got list, wanted masks"),
+        (lambda: masks.from_function(lambda b, h, q, kv: kv <= q and kv > 2), r"wanted &, \|, ~ and jnp.where instead of"),
+        (lambda: masks.from_function(lambda b, h, q, kv: np.ones((4, 4), bool)[q, kv]), r"tables as jnp.asarray\(table\)"),
         (lambda: masks.from_function(3), r"from_function: got 3, wanted a function"),
         (lambda: masks.from_function(lambda b, h, q, kv: q - kv), r"wanted one bool\[\]"),
         (lambda: masks.from_function(lambda b, h, q, kv: (q < kv, q)), r"wanted one bool\[\]"),
@@ -286,6 +289,42 @@ def test_masks_are_made_inside_of_jit_as_outside():
 def test_what_is_no_mask_is_one_line(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+FUNCTIONS = {
+    "wraps": lambda b, h, q, kv: q * 1103515245 >= 0,  # int32, which NumPy's int64 would not
+    "inverts": lambda b, h, q, kv: ~(h == 0) | (kv <= q),  # which a bool of Python would not
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_is_looked_at_as_kernels_compute_it(name):
+    mask = masks.from_function(FUNCTIONS[name])
+    b, h, q, kv = (x.astype(np.int32) for x in np.ogrid[:1, :2, :64, :64])
+    expected = np.asarray(jnp.broadcast_to(jax.jit(mask)(b, h, q, kv), (1, 2, 64, 64)))
+    assert expected.any() and not expected.all()
+    blocks = block_mask(mask, 64, 64, 8, 8, heads=2)
+    for head in range(blocks.heads):
+        cut = expected[0, head].reshape(8, 8, 8, 8)
+        np.testing.assert_array_equal(blocks.table(0, head), cut.any((1, 3)) * (1 + cut.all((1, 3))))
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([3, 3, 1, 0], np.uint8), np.array([0, 0, 2**32, 2**32]), np.array([-128, 127], np.int8)]
+)
+def test_documents_of_any_whole_numbers(ids):
+    """Unsigned ones that fall are not sorted; long ones are not cut off."""
+    mask = masks.document(np.repeat(ids, 8))
+    expected = np.repeat(ids, 8)[:, None] == np.repeat(ids, 8)
+    q, kv = (jnp.asarray(x, jnp.int32) for x in np.ogrid[: len(expected), : len(expected)])
+    np.testing.assert_array_equal(mask(0, 0, q, kv), expected)
+    table = block_mask(mask, len(expected), len(expected), 8, 8).table()
+    np.testing.assert_array_equal(table, 2 * (ids[:, None] == ids))
+
+
+def test_sizes_of_any_whole_numbers():
+    mask = masks.window(np.uint8(5), np.int8(0))
+    assert mask == masks.window(5, 0) and mask(0, 0, 3, 1)
 
 
 def test_only_masks_combine():

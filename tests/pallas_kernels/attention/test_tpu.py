@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention import SelectedBlocks, block_mask, masks, reference, tpu, tpu_backward
 from pallas_kernels.attention.lists import Segments
 
-# Copies get their entry of the race detector's clocks by lot: with the two that it has by default, two copies always seem ordered.
+# Copies get their entry of the race detector's clocks by lot: with the two that it has by default, two copies always seem
+# ordered.
 INTERPRET = pltpu.InterpretParams(
     uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True, vector_clock_size=64
 )
