@@ -6,8 +6,8 @@
 
 A layer sees the 512 latest bytes and the first 64 (Longformer: Beltagy et al. 2020, arXiv 2004.05150, section 3.1; that a
 window wants the first tokens kept: Xiao et al. 2023, arXiv 2309.17453). The second command lets every byte see all before it,
-with nothing else changed; with --config.model.attention.implementation=reference, too, it is the plain dense formula. Embeddings
-of what followed the last few bytes when they last occurred look through all 8,192.
+with nothing else changed; with --config.model.attention.implementation=reference, too, it is the plain dense formula.
+Embeddings of what followed the last few bytes when they last occurred look through all 8,192.
 Expected: see docs/results.md.
 """
 
