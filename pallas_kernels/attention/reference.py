@@ -30,7 +30,7 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     index = [jnp.arange(n).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate((b, h, t, s))]
     index[2] = index[2] + jnp.reshape(q_offset, (-1, 1, 1, 1))
     if score_mod is not None:
-        score = score_mod(score, *index).astype(dtype)
+        score = jnp.vectorize(score_mod)(score, *index)
     score = score + jnp.where(finite_BxSxH, 0, jnp.nan).swapaxes(1, 2)[:, :, None]
     seen = visible(mask, *index, q_offset)
     if segment_ids is not None:

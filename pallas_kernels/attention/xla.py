@@ -19,6 +19,7 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
 from pallas_kernels.attention.blocks import xla_block_sizes
 from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.xla_pieces import varying
 from pallas_kernels.attention.xla_tiles import Rule
 
 
@@ -69,13 +70,17 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         not jax.sharding.get_abstract_mesh().empty,
     )
     data = Data(None if selected is None else selected.index, jnp.asarray(q_offset, jnp.int32), segment_ids, others)
+    # outside of what has a rule of its own: within shard_map their gradients are then summed by JAX
+    sinks, floats = varying((sinks, floats), q, k, v)
     return _jitted(call, q * before, k, v, sinks, floats, data)
 
 
 def _scales(scale: float, dtype: Any) -> tuple[float, float]:
-    """(of queries, of products): what queries can be multiplied with beforehand. Short floats are so by powers of two, which
-    lose nothing to rounding."""
-    if not scale or jnp.finfo(dtype).bits >= 32:
+    """(of queries, of products): what queries can be multiplied with beforehand. bfloat16 is so by powers of two, which lose
+    nothing to rounding; float16 by nothing, since it would soon overflow."""
+    if dtype == jnp.float16:
+        return 1.0, scale
+    if not scale or dtype != jnp.bfloat16:
         return scale, 1.0
     before = 2.0 ** round(math.log2(abs(scale)))
     return before, scale / before
@@ -118,12 +123,13 @@ def _backward(call: Call, saved, cotangents):
     q, k, v, sinks, floats, data, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(out.astype(lse.dtype) * d_out.astype(lse.dtype), axis=-1) - d_lse
-    # who sees nothing has -inf, and no weights
+    # who sees nothing has -inf, and no weights; who sees something that is not finite has a NaN, and so have its weights
     lse = jnp.where(lse == -jnp.inf, 0, lse)
+    q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
     d_q, d_k, d_v, d_floats = _run(call, data.segments).backward(call, q, k, v, floats, data, lse, delta, d_out)
     d_sinks = None
     if sinks is not None:
-        d_sinks = -jnp.sum(jnp.exp(sinks.astype(lse.dtype) - lse) * delta, axis=(0, 1)).astype(sinks.dtype)
+        d_sinks = -jnp.sum(jnp.exp(sinks.astype(lse.dtype)[None, None] - lse) * delta, axis=(0, 1)).astype(sinks.dtype)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_floats, None
 
 

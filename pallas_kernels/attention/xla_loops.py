@@ -11,7 +11,18 @@ import jax.numpy as jnp
 from pallas_kernels.attention import xla_tiles as tiles
 from pallas_kernels.attention.block_mask import SelectedBlocks, block_lists
 from pallas_kernels.attention.lists import EMPTY, BlockLists, Segments, Sizes, transposed
-from pallas_kernels.attention.xla_pieces import Piece, added, each, heads_first, heads_last, padded, positions, spread, taken
+from pallas_kernels.attention.xla_pieces import (
+    Piece,
+    added,
+    each,
+    heads_first,
+    heads_last,
+    padded,
+    positions,
+    spread,
+    taken,
+    varying,
+)
 
 AT_ONCE = 4  # blocks in one step of a loop
 
@@ -93,7 +104,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
                 every = spread(valid, sizes.kv_block)
                 return tiles.forward(sums, queries, keys, values, rule, where, constants, apart, True, every)
 
-            start = piece.start(sinks, 1, sizes.q_block, v_NxSxD.shape[-1], dtype)
+            start = varying(piece.start(sinks, 1, sizes.q_block, v_NxSxD.shape[-1], dtype), q, k, lists.row)
             return tiles.finished(_over_row(lists, starts, r, add, start))
 
         out, lse = jax.lax.map(row, jnp.arange(sizes.rows))  # [rows, N, G * queries, …]
@@ -121,14 +132,13 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     def sequence(i, lists, offset, segments, q, d_out, lse, delta, k, v):
         q, d_out, lse, delta = (heads_first(x, size) for x in (q, d_out, lse, delta))
         k_NxSxD, v_NxSxD = (x.swapaxes(0, 1) for x in (k, v))
-        clean = jnp.where(jnp.isfinite(k_NxSxD), k_NxSxD, 0)
         piece = _piece(i, pieces, heads, size, offset, segments)
         starts = jnp.searchsorted(lists.row, jnp.arange(sizes.columns))
         n, _, t, d = q.shape
 
         def row(carry, r):
             """A row is a block of keys here, and a column one of queries."""
-            keys, clean_keys, values = (taken(x, r[None], sizes.kv_block, 1) for x in (k_NxSxD, clean, v_NxSxD))
+            keys, values = (taken(x, r[None], sizes.kv_block, 1) for x in (k_NxSxD, v_NxSxD))
 
             def add(sums, columns, valid):
                 d_k, d_v, d_q, d_floats = sums
@@ -140,7 +150,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                 rows = tiles.Rows(*wide, *(x.reshape(n, 1, -1) for x in parts[2:]))
                 every = spread(valid, sizes.q_block)
                 apart = (n, 1, sizes.kv_block, size, len(columns) * sizes.q_block)
-                more = tiles.backward(rows, keys, clean_keys, values, rule, where, constants, apart, True, every)
+                more = tiles.backward(rows, keys, values, rule, where, constants, apart, True, every)
                 d_floats = jax.tree.map(jnp.add, d_floats, more[3])
                 return (
                     d_k + more[0],
@@ -149,11 +159,11 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                     d_floats,
                 )
 
-            zeros = (jnp.zeros(x.shape, lse.dtype) for x in (keys, values))
+            zeros = varying([jnp.zeros(x.shape, lse.dtype) for x in (keys, values)], q, k, lists.row)
             d_k, d_v, *carry = _over_row(lists, starts, r, add, (*zeros, *carry))
             return tuple(carry), (d_k, d_v)
 
-        start = (jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats))
+        start = varying((jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), q, k, lists.row)
         (d_q, d_floats), (d_k, d_v) = jax.lax.scan(row, start, jnp.arange(sizes.columns))
         d_k, d_v = (jnp.moveaxis(x, 0, 1).reshape(n, -1, x.shape[-1]).swapaxes(0, 1) for x in (d_k, d_v))
         return heads_last(jnp.moveaxis(d_q, 1, 3)), d_k, d_v, d_floats

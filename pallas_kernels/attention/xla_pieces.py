@@ -21,6 +21,13 @@ def padded(x_BxTx: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x_BxTx, [(0, 0), (0, short), *[(0, 0)] * (x_BxTx.ndim - 2)]) if short else x_BxTx
 
 
+def varying(tree: Any, *beside: jax.Array) -> Any:
+    """Arrays to start a loop with, which within `jax.shard_map` vary over the mesh axes that those beside them do: none of
+    their values is added."""
+    nothing = [jnp.where(False, x.reshape(-1)[0], 0) for x in beside]
+    return jax.tree.map(lambda x: x + sum(n.astype(x.dtype) for n in nothing), tree)
+
+
 def heads_first(x_TxHx: jax.Array, group: int) -> jax.Array:
     """[length, heads, …] -> [heads / group, group, length, …]."""
     t, h, *rest = x_TxHx.shape
@@ -63,7 +70,7 @@ def positions(index_RxW: Any, block: int) -> Any:
     """int32 [R, n * block] of blocks [R, n]."""
     xp = jnp if isinstance(index_RxW, jax.Array) else np
     index = xp.asarray(index_RxW)
-    return (index[:, :, None] * block + np.arange(block)).reshape(len(index), -1).astype(np.int32)
+    return (index[:, :, None] * block + np.arange(block)[None, None]).reshape(len(index), -1).astype(np.int32)
 
 
 def spread(valid: Any, block: int) -> Any:

@@ -12,7 +12,18 @@ import numpy as np
 from pallas_kernels.attention import xla_tiles as tiles
 from pallas_kernels.attention.block_mask import block_lists
 from pallas_kernels.attention.lists import Sizes, transposed
-from pallas_kernels.attention.xla_pieces import Piece, added, each, heads_first, heads_last, padded, positions, spread, taken
+from pallas_kernels.attention.xla_pieces import (
+    Piece,
+    added,
+    each,
+    heads_first,
+    heads_last,
+    padded,
+    positions,
+    spread,
+    taken,
+    varying,
+)
 from pallas_kernels.attention.xla_plan import Group, Hashed, plan
 
 AT_ONCE = 1 << 20  # scores that are computed together
@@ -105,7 +116,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
     def sequence(b, q_TxHxD, k_SxNxD, v_SxNxD):
         q_NxGxTxD = heads_first(q_TxHxD, size)
         k_Nx1xSxD, v_Nx1xSxD = (heads_first(x, 1) for x in (k_SxNxD, v_SxNxD))
-        piece = Piece(b, np.arange(heads).reshape(-1, size), call.q_offset, None)
+        piece = Piece(b, np.arange(heads, dtype=np.int32).reshape(-1, size), call.q_offset, None)
         n, d_v = len(v_Nx1xSxD), v_Nx1xSxD.shape[-1]
 
         def several(masked, rows, full, rest, valid):
@@ -124,7 +135,9 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
 
             many = max(full.shape[1], rest.shape[1]) > UNROLLED
             start = (
-                piece.start(sinks, len(rows), sizes.q_block, d_v, dtype) if many or sinks is not None or not rest.size else None
+                varying(piece.start(sinks, len(rows), sizes.q_block, d_v, dtype), queries, k_Nx1xSxD)
+                if many or sinks is not None or not rest.size
+                else None
             )
             sums = _over_chunks(add(False), start, full, None)
             sums = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
@@ -148,14 +161,13 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     def sequence(b, q, d_out, lse, delta, *keys_and_values):
         queries = [heads_first(x, size) for x in (q, d_out, lse, delta)]  # [N, G, T, …]
         k_Nx1xSxD, v_Nx1xSxD = (heads_first(x, 1) for x in keys_and_values)
-        clean = jnp.where(jnp.isfinite(k_Nx1xSxD), k_Nx1xSxD, 0)
-        piece = Piece(b, np.arange(heads).reshape(-1, size), call.q_offset, None)
+        piece = Piece(b, np.arange(heads, dtype=np.int32).reshape(-1, size), call.q_offset, None)
         n, _, t, d = queries[0].shape
 
         def several(masked, carry, rows, full, rest, valid):
             """A row is a block of keys here, and a column one of queries."""
             r = len(rows)
-            keys, clean_keys, values = (_together(_blocks(x, rows[:, None], kv_block)) for x in (k_Nx1xSxD, clean, v_Nx1xSxD))
+            keys, values = (_together(_blocks(x, rows[:, None], kv_block)) for x in (k_Nx1xSxD, v_Nx1xSxD))
             kv_index = positions(rows[:, None], kv_block)
 
             def add(masked):
@@ -166,19 +178,19 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                     beside = tiles.Rows(*(_together(x) for x in parts[:2]), *(x.reshape(n * r, 1, -1) for x in parts[2:]))
                     every = None if valid is None else spread(valid[0], q_block)
                     apart = (n, r, kv_block, size, columns.shape[1] * q_block)
-                    more = tiles.backward(beside, keys, clean_keys, values, rule, where, constants, apart, masked, every)
+                    more = tiles.backward(beside, keys, values, rule, where, constants, apart, masked, every)
                     part = more[2].reshape(n, r, d, size, -1)
                     d_q = added(d_q, part, columns, q_block)
                     return d_k + more[0], d_v + more[1], d_q, jax.tree.map(jnp.add, d_floats, more[3])
 
                 return chunk
 
-            zeros = (jnp.zeros(x.shape, lse.dtype) for x in (keys, values))
+            zeros = varying([jnp.zeros(x.shape, lse.dtype) for x in (keys, values)], queries[0], keys)
             sums = _over_chunks(add(False), (*zeros, *carry), full, None)
             d_k, d_v, *carry = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
             return tuple(carry), tuple(_rows_first(x, r) for x in (d_k, d_v))
 
-        start = (jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats))
+        start = varying((jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), queries[0], k_Nx1xSxD)
         carries, found = [start] * BESIDE, []
         for i, g in enumerate(groups):
             side = i % BESIDE

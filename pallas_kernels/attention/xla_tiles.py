@@ -61,7 +61,7 @@ class Rule:
             seen = seen & (where.kv < where.kv_len)
         if where.q_segment is not None:
             seen = seen & (where.q_segment == where.kv_segment)
-        return seen if valid is None else seen & valid
+        return seen if valid is None else seen & valid.reshape((1,) * (seen.ndim - valid.ndim) + valid.shape)
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -118,8 +118,9 @@ class Rows(NamedTuple):
     delta: jax.Array
 
 
-def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
-    """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries. clean: the keys, not finite ones zeroed.
+def backward(rows: Rows, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
+    """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries, all finite: what was not is zero here,
+    and has made the lse of who sees it NaN.
 
     Scores are [N, keys, M] here: neither dK nor dV then needs them turned round. apart: the shape that they are put apart to,
     for which `where` and `valid` are.
@@ -139,4 +140,4 @@ def backward(rows: Rows, k_NxKxD, clean_NxKxD, v_NxKxD, rule: Rule, where: Where
     d_raw, d_floats = pull(d_score)
     d_v = product("nkm,nmd->nkd", weight, rows.d_out)
     d_k = product("nkm,nmd->nkd", d_raw, rows.q)
-    return d_k, d_v, product("nkd,nkm->ndm", clean_NxKxD, d_raw), d_floats
+    return d_k, d_v, product("nkd,nkm->ndm", k_NxKxD, d_raw), d_floats

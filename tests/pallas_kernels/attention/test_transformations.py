@@ -143,3 +143,18 @@ def test_sequences_at_their_own_places_are_decoded_together(implementation):
         for b in range(2):
             alone = call({name: x[b : b + 1] for name, x in of.items()}, offsets[b])
             same(jax.tree.map(lambda x: x[b : b + 1], together), alone, FORWARD)  # noqa: B023
+
+
+def test_a_query_that_sees_nothing_has_no_influence_even_if_it_is_nan():
+    q, k, v = (jax.random.normal(key, (1, 40, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    mask = masks.window(2, 0) & ~masks.prefix(3)  # the first three queries see nothing
+    gradients = jax.grad(lambda q, k, v: sparse_attention(q, k, v, mask, implementation="xla").sum(), (0, 1, 2))
+    for got, wanted in zip(gradients(q.at[0, 0].set(jnp.nan), k, v), gradients(q, k, v)):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_float16_does_not_overflow_where_the_scale_is_large():
+    q, k, v = (jax.random.normal(key, (1, 40, 2, 8), jnp.float16) for key in jax.random.split(jax.random.key(0), 3))
+    for scale in (1e5, 2e-8):
+        got, wanted = (sparse_attention(q, k, v, masks.causal(), scale=scale, implementation=i) for i in ("xla", "reference"))
+        np.testing.assert_allclose(got, wanted, atol=2e-3)
