@@ -95,6 +95,11 @@ CASES = {
         "measured once, at the end",
     ),
     "too long a sample": (LM, ["--config.sample.tokens=9999"], "exceed the context"),
+    "an unknown mask": (LM, ["--config.model.attention.mask=['full()', 'windw(3, 0)']"], "nearest: 'window'"),
+    "a mask that would run something": (LM, ["--config.model.attention.mask=['__import__(0)']"], "__import__ is unknown"),
+    "a mask that is no list": (LM, ["--config.model.attention.mask=full()"], "a list is wanted"),
+    "an unknown implementation": (LM, ["--config.model.attention.implementation=xlla"], "nearest: 'xla'"),
+    "attention by an older name": (LM, ["--config.model.attention=blockwise"], "is a section; its keys: model.attention."),
     "a negative base": (LM, ["--config.model.rope_base=-1"], "model.rope_base=-1"),
     "one wrapper twice": (LM, ["--config.learner.wrap=['skip_nonfinite','skip_nonfinite']"], "twice"),
     "a rename that says nothing": (

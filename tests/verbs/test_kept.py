@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_refused_command_changes_nothing(finished, more, says, capfd):
         train(finished, *more)
     assert ended.value.code == 2 and says in capfd.readouterr().err
     assert content(finished) == before and "summary.json" in before
+
+
+def test_a_run_whose_keys_are_no_more_is_told_in_one_line(finished, tmp_path, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["pattern"] = "L"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--config", CONFIG, "--workdir", str(folder)])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and f"{folder} was trained by other keys" in line and "model.pattern: no such key" in line
 
 
 def test_measurements_of_a_run_go_with_it(finished, tmp_path):
