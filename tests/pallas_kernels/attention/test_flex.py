@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def torchs(tmp_path_factory):
-    """FlexAttention's results on all cases, by name; .venv-peers is made if it is not there."""
+    """FlexAttention's results on all cases, by name. It needs .venv-peers, which `make .venv-peers` makes."""
+    if not PYTHON.exists():
+        pytest.skip("there is no .venv-peers, with torch in it; make .venv-peers makes it")
     made = subprocess.run([ROOT / "scripts" / "setup", "peers"], capture_output=True, text=True, timeout=1700)
     if made.returncode:
         pytest.skip(f"torch cannot be had: {made.stderr.strip().splitlines()[-1] if made.stderr.strip() else 'scripts/setup'}")
