@@ -66,7 +66,7 @@ def plainly(mask, **arguments):
 
 
 def test_values_and_gradients_round_as_plain_jaxs():
-    of, mask = operands(128, 192, heads=2), BLOCKS(masks.window(100, 40), 128, 192)
+    of, mask = operands(128, 128, heads=2), BLOCKS(masks.window(70, 40), 128, 128)
     as_plain(results(of_kernel(mask), of), results(plainly(mask), of), exact(mask, of))
     assert not gpu_callbacks.get_races().races_found
 
@@ -74,7 +74,7 @@ def test_values_and_gradients_round_as_plain_jaxs():
 index = jnp.array([[[[2, 0, -1], [-1, -1, -1]]]], jnp.int32)
 CASES = {
     "more tiles than stages, other values, softcap and sink": (
-        (128, 640, 1, 64, 128), BLOCKS(masks.full(), 128, 640), {"softcap": 2.0, "sinks": jnp.array([0.5])}),
+        (128, 384, 1, 64, 128), BLOCKS(masks.full(), 128, 384), {"softcap": 2.0, "sinks": jnp.array([0.5])}),
     "ragged, at an offset, rows that see nothing": (
         (70, 300), masks.window(9, 0) & ~masks.prefix(270), {"q_offset": jnp.array([240], jnp.int32)}),
     "selected blocks, a row without any": ((256, 256), SelectedBlocks(index, 128, 64, masks.causal()), {}),
@@ -116,7 +116,7 @@ def test_a_race_is_seen(monkeypatch):
 
     monkeypatch.setattr(gpu_hopper, "_scores", reads)
     monkeypatch.setattr(gpu_hopper, "_summed", reads_again)
-    jax.block_until_ready(jax.jit(of_kernel(BLOCKS(masks.full(), 128, 640)))(operands(128, 640)))
+    jax.block_until_ready(jax.jit(of_kernel(BLOCKS(masks.full(), 128, 384)))(operands(128, 384)))
     assert gpu_callbacks.get_races().races_found
 
 
