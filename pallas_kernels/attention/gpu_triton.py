@@ -42,7 +42,7 @@ class Tuning(NamedTuple):
 
 
 TUNING = {  # bytes of an element, head dimension up to -> kernel -> queries, keys, warps, stages
-    (2, 64): {"forward": (64, 64, 4, 3), "dkv": (32, 64, 4, 3), "dq": (64, 64, 8, 3)},
+    (2, 64): {"forward": (64, 64, 4, 3), "dkv": (32, 64, 8, 2), "dq": (64, 64, 8, 3)},
     (2, 128): {"forward": (64, 64, 8, 2), "dkv": (32, 64, 8, 3), "dq": (64, 64, 8, 2)},
     (2, 256): {"forward": (64, 32, 8, 2), "dkv": (32, 32, 8, 2), "dq": (32, 64, 8, 2)},
     (4, 32): {"forward": (64, 32, 8, 2), "dkv": (16, 32, 8, 1), "dq": (64, 32, 8, 2)},
