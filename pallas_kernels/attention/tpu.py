@@ -175,8 +175,8 @@ def _attention(call: Call, layouts: Passes, q, k, v, spoilt, sinks, lists: Passe
         segments = _padded(jnp.repeat(segments.q, call.fold, axis=1), 1, sizes.rows * rows), kv_ids
     if sinks is not None:
         tiled = jnp.tile(sinks.astype(jnp.float32).reshape(call.heads, call.fold), (1, sizes.q_block))
-    out, lse = forward(
-        call, layouts.forward, _padded(q, 2, sizes.rows * rows), *(_padded(x, 2, sizes.columns * sizes.kv_block) for x in
+    out, lse = common.mapped(functools.partial(forward, call, layouts.forward))(
+        _padded(q, 2, sizes.rows * rows), *(_padded(x, 2, sizes.columns * sizes.kv_block) for x in
         (k + spoilt, v)), lists.forward, offset, segments, None if sinks is None else tiled,
     )  # fmt: skip
     return out[:, :, :t], lse.reshape(*lse.shape[:2], -1)[:, :, :t]
@@ -205,8 +205,8 @@ def _attention_backward(call: Call, layouts: Passes, residuals, cotangents):
     if segments is not None:
         q_ids = _padded(jnp.repeat(segments.q, call.fold, axis=1), 1, q_rows).reshape(call.batch, sizes.rows, 1, rows)
         ids = q_ids, _padded(segments.kv, 1, kv_rows)
-    dq, dk, dv = backward(
-        call, layouts.backward, _padded(q, 2, q_rows), _padded(k, 2, kv_rows), _padded(v, 2, kv_rows), lists, offset, ids,
+    dq, dk, dv = common.mapped(functools.partial(backward, call, layouts.backward))(
+        _padded(q, 2, q_rows), _padded(k, 2, kv_rows), _padded(v, 2, kv_rows), lists, offset, ids,
         _padded(do, 2, q_rows), facts,
     )  # fmt: skip
     dk, dv = (x.reshape(*k.shape[:2], -1, *x.shape[2:]).sum(2)[:, :, : k.shape[2]] for x in (dk, dv))

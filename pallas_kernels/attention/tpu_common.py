@@ -207,6 +207,27 @@ def dot(call: Call, a: Any, b: Any, dimensions: Any) -> Any:
     return jax.lax.dot_general(a, b, dimensions, precision=call.precision(b.dtype), preferred_element_type=jnp.float32)
 
 
+def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays which under vmap runs once for every element: a kernel's block of HBM cannot be one of a batch."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays: Any) -> Any:
+        return function(*arrays)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, *arrays: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arrays)
+        which = jax.tree.leaves(batched)
+
+        def one(index: Any) -> Any:
+            return run(*jax.tree.unflatten(tree, [jnp.asarray(x)[index] if b else x for x, b in zip(leaves, which)]))
+
+        out = jax.lax.map(one, jnp.arange(size))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return run
+
+
 @functools.lru_cache(maxsize=256)
 def closes_over_arrays(function: Callable[..., Any]) -> bool:
     index, score = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)

@@ -167,6 +167,20 @@ def test_what_is_not_supported_names_the_argument():
             call(*arguments[0], **{**DEFAULTS, **arguments[1]})
 
 
+def test_vmap():
+    (q, k, v), _ = operands(16, 16, batch=2, heads=1)
+    mask = block_mask(masks.causal(), 16, 16, 16, 16)
+
+    def gradients(attend):
+        def loss(q, k, v):
+            return jnp.square(attend(q[None], k[None], v[None], mask, **DEFAULTS)[0]).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, 0, None)))(q, k, v[0])
+
+    for one, other in zip(gradients(functools.partial(tpu.attend, interpret=INTERPRET)), gradients(reference.attend)):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
 def racing(monkeypatch, name, method):
     """Whether the race detector finds one with a method of the accumulator replaced. Copies are made as they are started: by
     default the interpreter makes them when they are waited for, and these never would be."""
