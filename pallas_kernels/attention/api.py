@@ -15,6 +15,7 @@ from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
 from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.score_mod import traced
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": reference.attend,
@@ -48,8 +49,9 @@ def sparse_attention(
         least.
     mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data.
     q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache.
-    score_mod: (score, batch, head, q_index, kv_index) -> score, as FlexAttention takes it, called with arrays that broadcast;
-        differentiated, also by the arrays it closes over.
+    score_mod: (score, batch, head, q_index, kv_index) -> score, a function of single scores as FlexAttention takes it: arrays
+        [], the score in the dtype of sums, the others int32; differentiated, also by the arrays it closes over. A function is
+        known by identity: a new lambda compiles again, as a new Python number for q_offset does, and a traced one does not.
     segment_ids: int32 [batch, length], or a pair of them for queries and keys; a query sees the keys of its own segment only,
         and blocks without such pairs are skipped.
     sinks: [q_heads] scores of a key that all see and that has no value (Xiao et al. 2023, arXiv 2309.17453); differentiated.
@@ -70,8 +72,11 @@ def sparse_attention(
     mask = _mask(mask, q, k, q_offset)
     if segment_ids is not None:
         segment_ids = _segments(segment_ids, b, t, s)
-    if score_mod is not None and not callable(score_mod):
-        raise ValueError(f"score_mod: got {score_mod!r}, wanted a function (score, batch, head, q_index, kv_index) -> score")
+    if score_mod is not None:
+        if not callable(score_mod):
+            wanted = "a function (score, batch, head, q_index, kv_index) -> score"
+            raise ValueError(f"score_mod: got {score_mod!r}, wanted {wanted}")
+        traced(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     if sinks is not None:
         sinks = _array("sinks", sinks)
         _expect("sinks", sinks.shape, (h,), "[q_heads]")

@@ -14,6 +14,7 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.gpu_lists import Blocked, Visits, blocked, visits
 from pallas_kernels.attention.lists import Sizes
+from pallas_kernels.attention.score_mod import refuse_arrays
 
 LEAST = 16  # rows and columns of a tile, which tensor cores ask for
 
@@ -57,8 +58,7 @@ def attend(passes, blocks, q, k, v, mask, *, q_offset, score_mod, segment_ids, s
     b, t, h, _ = q.shape
     s = k.shape[1]
     forward, backward = blocks
-    if score_mod is not None:
-        without_arrays(score_mod)
+    refuse_arrays(score_mod, "gpu")
     q_p, k_p, v_p = (_padded(x, blocks, side) for x, side in ((q, 0), (k, 1), (v, 1)))
     lists, kept = {}, {}
     for each in dict.fromkeys(blocks):
@@ -85,14 +85,6 @@ def own_blocks(mask: Any) -> tuple[Blocks, Blocks] | None:
         return None
     sizes = getattr(mask, "sizes", mask)
     return (Blocks(sizes.q_block, sizes.kv_block),) * 2
-
-
-def without_arrays(score_mod: Callable[..., jax.Array]) -> None:
-    """Raises NotImplementedError for a score_mod that closes over arrays: a kernel has them only as arguments."""
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), jnp.float32), index, index, index, index)
-    if program.consts:
-        raise NotImplementedError("score_mod: it closes over arrays")
 
 
 def power_of_two(n: int) -> int:

@@ -19,6 +19,7 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask
 from pallas_kernels.attention.blocks import block_sizes
 from pallas_kernels.attention.lists import BlockLists, Segments, Sizes, transposed
+from pallas_kernels.attention.score_mod import refuse_arrays
 from pallas_kernels.attention.tpu_backward import backward
 from pallas_kernels.attention.tpu_common import LANES, Call
 from pallas_kernels.attention.tpu_forward import forward
@@ -41,8 +42,7 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     """
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"q: tpu computes in float32 and bfloat16, got {q.dtype}")
-    if score_mod is not None and common.closes_over_arrays(score_mod):
-        raise NotImplementedError("score_mod: tpu traces it in the kernel, where it cannot close over arrays")
+    refuse_arrays(score_mod, "tpu")
     b, t, h, _ = q.shape
     kv_heads, d_v = v.shape[2:]
     if scale <= 0:  # scores are compared before they are scaled

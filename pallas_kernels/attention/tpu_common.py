@@ -226,10 +226,3 @@ def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
         return out, jax.tree.map(lambda _: True, out)
 
     return run
-
-
-@functools.lru_cache(maxsize=256)
-def closes_over_arrays(function: Callable[..., Any]) -> bool:
-    index, score = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    with jax.ensure_compile_time_eval():
-        return bool(jax.make_jaxpr(function)(score, index, index, index, index).consts)

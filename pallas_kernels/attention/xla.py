@@ -19,6 +19,7 @@ from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
 from pallas_kernels.attention.blocks import xla_block_sizes
 from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.score_mod import traced
 from pallas_kernels.attention.xla_pieces import varying
 from pallas_kernels.attention.xla_tiles import Rule
 
@@ -61,9 +62,9 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         sizes = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
     static = q_offset if isinstance(q_offset, int) else None
     before, rest = _scales(scale, q.dtype)
-    score_mod, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
+    program, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     call = Call(
-        Rule(inner, rest, softcap, score_mod, inexact),
+        Rule(inner, rest, softcap, program, inexact),
         None if selected is not None else mask,
         sizes,
         static,
@@ -91,11 +92,7 @@ def _hoisted(score_mod: Any, dtype: Any) -> tuple[Any, tuple[bool, ...], list[An
     the others."""
     if score_mod is None:
         return None, (), [], []
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), dtype), index, index, index, index)
-    if [(aval.shape, aval.dtype) for aval in program.out_avals] != [((), dtype)]:
-        got = ", ".join(str(aval) for aval in program.out_avals)
-        raise ValueError(f"score_mod's result for a single score: got {got}, wanted {dtype.name}[]")
+    program = traced(score_mod, dtype)
     consts = [jnp.asarray(const) for const in program.consts]
     inexact = tuple(jnp.issubdtype(const.dtype, jnp.inexact) for const in consts)
     floats, others = ([c for c, yes in zip(consts, inexact) if yes is which] for which in (True, False))

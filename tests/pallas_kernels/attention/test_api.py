@@ -76,6 +76,15 @@ REFUSED = {
     "a list as offset": ({"q_offset": [1]}, r"^q_offset: got list, wanted a whole number"),
     "an offset of many bits": ({"q_offset": 2**31}, r"^q_offset: got 2147483648, wanted a whole number that int32 holds$"),
     "a score_mod that is none": ({"score_mod": 3}, r"^score_mod: got 3, wanted a function"),
+    "a score_mod of rows": (
+        {"score_mod": lambda s, b, h, q, kv: jnp.stack([s, s])},
+        r"^score_mod: got float32\[2\] for a single score, wanted float32\[\]$",
+    ),
+    "a score_mod of whole numbers": (
+        {"score_mod": lambda s, b, h, q, kv: q - kv},
+        r"^score_mod: got int32\[\] for a single score, wanted float32\[\]$",
+    ),
+    "a score_mod of nothing": ({"score_mod": lambda s, b, h, q, kv: None}, r"^score_mod: got nothing for a single score"),
     "segments as lists": ({"segment_ids": [[0] * 6] * 2}, r"^segment_ids: got list, wanted an array"),
     "segments of many bits": ({"segment_ids": np.full((2, 6), 2**32)}, r"^segment_ids: got ids from 4294967296 to .* holds$"),
     "segments of other keys": ({"segment_ids": np.zeros((2, 5), int)}, r"^segment_ids: got shape \[2, 5\], wanted \[2, 6\]"),
@@ -172,7 +181,7 @@ def test_the_scale_is_that_of_the_keys_dimension_unless_given():
         same(call(q, k, v, scale=scale), exact(q, k, v, ["causal"], scale=scale)[0], FORWARD)
 
 
-def test_score_mod_is_called_with_whole_indices_that_broadcast_to_the_scores():
+def test_score_mod_is_called_with_single_scores_and_whole_indices():
     """As FlexAttention calls it; queries are counted from q_offset."""
     seen = {}
 
@@ -182,7 +191,7 @@ def test_score_mod_is_called_with_whole_indices_that_broadcast_to_the_scores():
 
     out, lse = call(score_mod=mod, q_offset=3, return_lse=True)
     assert all(jnp.issubdtype(x.dtype, jnp.integer) for x in seen["indices"])
-    assert np.broadcast_shapes(*(x.shape for x in seen["indices"]), seen["score"].shape) == seen["score"].shape
+    assert all(x.shape == () for x in (seen["score"], *seen["indices"]))
     by_b = [exact(Q[b : b + 1], K[b : b + 1], V[b : b + 1], ["causal"], (3,), mod=lambda score, h, q, kv, arrays, b=b: (
         score + 0.1 * (q - 2 * kv) + h - 0.5 * b, 1, {})) for b in range(2)]  # fmt: skip
     same((out, lse), tuple(np.concatenate(x) for x in zip(*by_b)), FORWARD)
