@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, inner
 from pallas_kernels.attention.lists import Segments, Sizes
 from pallas_kernels.attention.score_mod import traced
 
@@ -128,7 +128,6 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
     s, kv_heads = k.shape[1], k.shape[2]
     if isinstance(mask, SelectedBlocks):
         mask.check(b, h, kv_heads, Sizes(t, s, mask.q_block, mask.kv_block))
-        inner = mask.mask
     elif isinstance(mask, BlockMask):
         if mask.sizes[:2] != (t, s):
             raise ValueError(f"mask: got a BlockMask of {mask.sizes.q_len} x {mask.sizes.kv_len} pairs, wanted {t} x {s}")
@@ -137,14 +136,12 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
         for name, has, lists in (("heads", h, mask.heads), ("sequences", b, mask.batch)):
             if lists not in (1, has):
                 raise ValueError(f"mask: got a BlockMask for {lists} {name}, wanted {has} as q has")
-        inner = mask.mask
-    elif isinstance(mask, Mask):
-        inner = mask
-    else:
+    elif not isinstance(mask, Mask):
         raise ValueError(
             f"mask: got {type(mask).__name__}, wanted a mask such as masks.causal(), a BlockMask or SelectedBlocks"
         )
-    for name, has, told in (("heads", h, inner.heads), ("sequences", b, inner.batch)):
+    asked = inner(mask)
+    for name, has, told in (("heads", h, asked.heads), ("sequences", b, asked.batch)):
         if told > 0 and told != has:
             raise ValueError(f"mask: got one of {told} {name}, wanted {has} as q has")
     return mask

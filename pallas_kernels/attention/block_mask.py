@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.lists import (
     EMPTY,
     FULL,
@@ -240,6 +241,19 @@ class SelectedBlocks:
         return compacted(row, column, jnp.where(gone, EMPTY, kind), sizes.rows)
 
 
+def inner(mask: Mask | BlockMask | SelectedBlocks) -> Mask:
+    """What is asked about single pairs."""
+    return mask if isinstance(mask, Mask) else mask.mask
+
+
+def own_blocks(mask: Mask | BlockMask | SelectedBlocks) -> Blocks | None:
+    """The block sizes that the mask brings; None where the implementation chooses them."""
+    if isinstance(mask, Mask):
+        return None
+    sizes = mask.sizes if isinstance(mask, BlockMask) else mask
+    return Blocks(sizes.q_block, sizes.kv_block)
+
+
 def block_lists(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q_heads: int, q_offset: Any,
                 segments: Segments | None) -> BlockLists:  # fmt: skip
     """The lists of a call, by query block. `transposed` gives those by key block.
@@ -254,5 +268,5 @@ def block_lists(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: in
             mask = block_mask(mask, *sizes, q_offset=q_offset, heads=q_heads, batch=batch)
         lists = mask.lists
     else:
-        lists = all_blocks(mask.mask if isinstance(mask, BlockMask) else mask, sizes, q_heads, batch, q_offset)
+        lists = all_blocks(inner(mask), sizes, q_heads, batch, q_offset)
     return lists if segments is None else within_segments(lists, segments, sizes)

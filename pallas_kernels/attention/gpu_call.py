@@ -79,14 +79,6 @@ def attend(passes, blocks, q, k, v, mask, *, q_offset, score_mod, segment_ids, s
     return out[:, :t, :, : v.shape[3]], lse[:, :, :t].swapaxes(1, 2)
 
 
-def own_blocks(mask: Any) -> tuple[Blocks, Blocks] | None:
-    """The blocks that a BlockMask or SelectedBlocks brings, for both passes."""
-    if isinstance(mask, Mask):
-        return None
-    sizes = getattr(mask, "sizes", mask)
-    return (Blocks(sizes.q_block, sizes.kv_block),) * 2
-
-
 def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 

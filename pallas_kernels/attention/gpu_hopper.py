@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_call, gpu_triton
-from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention.block_mask import inner, own_blocks
 from pallas_kernels.attention.blocks import Blocks, block_sizes
-from pallas_kernels.attention.gpu_call import Data, Spec, like, own_blocks
+from pallas_kernels.attention.gpu_call import Data, Spec, like
 
 LOG2E = math.log2(math.e)
 READERS = 2  # warpgroups that compute
@@ -60,16 +60,15 @@ def check(q: jax.Array, v: jax.Array, mask: Any, score_mod: Any, segment_ids: An
         raise NotImplementedError("segment_ids: not in the Hopper kernel")
     if scale <= 0:
         raise NotImplementedError("scale: the Hopper kernel wants it positive")
-    if not (mask if isinstance(mask, Mask) else mask.mask).analytic:
+    if not inner(mask).analytic:
         raise NotImplementedError("mask: it looks at arrays, which the Hopper kernel does not")
-    blocks = own_blocks(mask)
-    if blocks is None:
+    own = own_blocks(mask)
+    if own is None:
         here = block_sizes("gpu", "hopper", q.shape[1], max(q.shape[3], v.shape[3]))[0]
         return here, gpu_triton.check(q, v, mask)[1]
-    if blocks[0].q % (READERS * ROWS) or blocks[0].kv % 64:
-        raise NotImplementedError(f"mask: blocks of {blocks[0].q} x {blocks[0].kv}, wanted multiples of 128 x 64")
-    gpu_triton.check(q, v, mask)
-    return blocks
+    if own.q % (READERS * ROWS) or own.kv % 64:
+        raise NotImplementedError(f"mask: blocks of {own.q} x {own.kv}, wanted multiples of 128 x 64")
+    return gpu_triton.check(q, v, mask)
 
 
 class _Plan(NamedTuple):

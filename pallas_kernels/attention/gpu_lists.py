@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask, inner
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments, Sizes
 
 MOST_PAIRS = 1 << 30  # in the partial blocks of a mask that has to be spelt out: each is asked for once, here
@@ -49,14 +49,14 @@ class Blocked(NamedTuple):
 def blocked(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q_heads: int, q_offset: Any,
             segments: Segments | None) -> Blocked:  # fmt: skip
     """Lists of a call, and what its partial blocks look like: by index arithmetic, or as bitmaps."""
-    inner = mask if isinstance(mask, Mask) else mask.mask
-    if inner.analytic:
-        return Blocked(block_lists(mask, sizes, batch, q_heads, q_offset, segments), None, None, inner)
+    asked = inner(mask)
+    if asked.analytic:
+        return Blocked(block_lists(mask, sizes, batch, q_heads, q_offset, segments), None, None, asked)
     if not isinstance(q_offset, int):
         raise NotImplementedError("q_offset: traced, beside a mask that looks at arrays")
     static = mask
     if not isinstance(mask, BlockMask):
-        static = block_mask(inner, *sizes, q_offset=q_offset, heads=q_heads, batch=batch)
+        static = block_mask(asked, *sizes, q_offset=q_offset, heads=q_heads, batch=batch)
     patterns, which = _bitmaps(static)
     if isinstance(mask, SelectedBlocks) or segments is not None:
         lists = block_lists(mask, sizes, batch, q_heads, q_offset, segments)

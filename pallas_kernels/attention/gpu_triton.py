@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_call
+from pallas_kernels.attention.block_mask import own_blocks
 from pallas_kernels.attention.blocks import Blocks, block_sizes
-from pallas_kernels.attention.gpu_call import LEAST, Data, Lists, Spec, like, own_blocks
+from pallas_kernels.attention.gpu_call import LEAST, Data, Lists, Spec, like
 from pallas_kernels.attention.gpu_lists import Visits
 
 LOG2E = math.log2(math.e)
@@ -84,7 +85,8 @@ def check(q: jax.Array, v: jax.Array, mask: Any) -> tuple[Blocks, Blocks]:
     """The blocks of the lists of both passes. Raises NotImplementedError where the kernels cannot be had."""
     if q.dtype == jnp.float64:
         raise NotImplementedError("q: float64")
-    blocks = own_blocks(mask) or block_sizes("gpu", "*", q.shape[1], max(q.shape[3], v.shape[3]))
+    own = own_blocks(mask)
+    blocks = (own, own) if own else block_sizes("gpu", "*", q.shape[1], max(q.shape[3], v.shape[3]))
     for kernel, each in (("forward", blocks[0]), ("dkv", blocks[1]), ("dq", blocks[1])):
         tuning(kernel, each, q, v)
     return blocks

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
+from pallas_kernels.attention.block_mask import SelectedBlocks, inner
 
 
 def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, scale):
@@ -45,12 +45,11 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
 
 def visible(mask, batch, head, q_index, kv_index, q_offset):
     """bool of the broadcast shape of the indices; q_index counts from q_offset."""
-    if isinstance(mask, BlockMask):
-        return mask.mask(batch, head, q_index, kv_index)
+    seen = inner(mask)(batch, head, q_index, kv_index)
     if not isinstance(mask, SelectedBlocks):
-        return mask(batch, head, q_index, kv_index)
+        return seen
     row = (q_index - jnp.reshape(q_offset, (-1, 1, 1, 1))) // mask.q_block
     index = jnp.repeat(mask.index, head.size // mask.index.shape[1], axis=1)  # [batch or 1, heads, rows, count]
     chosen = jnp.take_along_axis(index, row[0].reshape(1, 1, -1, 1), axis=2)
     inside = (chosen[..., None, :] == (kv_index // mask.kv_block)[..., None]).any(-1)
-    return inside & mask.mask(batch, head, q_index, kv_index)
+    return inside & seen

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_common as common
-from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask, inner, own_blocks
 from pallas_kernels.attention.blocks import block_sizes
 from pallas_kernels.attention.lists import BlockLists, Segments, Sizes, transposed
 from pallas_kernels.attention.score_mod import refuse_arrays
@@ -49,10 +48,9 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     sizes = _sizes(mask, q, k, v, interpret)
     lists, layouts, looked_up, fold = _lists(mask, sizes, q, kv_heads, q_offset, segment_ids)
-    inner = mask if isinstance(mask, Mask) else mask.mask
     call = Call(
         batch=b, heads=h // fold, kv_heads=kv_heads, fold=fold, forward=sizes.forward, backward=sizes.backward,
-        mask=None if looked_up else inner, score_mod=score_mod, softcap=softcap, scale=scale,
+        mask=None if looked_up else inner(mask), score_mod=score_mod, softcap=softcap, scale=scale,
         segments=segment_ids is not None, interpret=interpret,
     )  # fmt: skip
     offset = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1,))
@@ -84,31 +82,26 @@ def device_kind() -> str:
 
 def _sizes(mask: Any, q, k, v, interpret: Any) -> Passes:
     t, s = q.shape[1], k.shape[1]
-    if isinstance(mask, BlockMask):
-        given = mask.sizes
-    elif isinstance(mask, SelectedBlocks):
-        given = Sizes(t, s, mask.q_block, mask.kv_block)
-    else:
+    own = own_blocks(mask)
+    if own is None:
         most = max(q.shape[-1], v.shape[-1])
         cut = [
             Sizes(t, s, min(blocks.q, _up(t, 16)), min(blocks.kv, _up(s, LANES)))
             for blocks in block_sizes("tpu", device_kind(), t, most)
         ]
         return Passes(*cut)
-    if not interpret and (given.q_block % 16 or given.kv_block % LANES):
+    if not interpret and (own.q % 16 or own.kv % LANES):
         raise NotImplementedError(
-            f"mask: tpu has blocks of a multiple of 16 queries x a multiple of {LANES} keys, "
-            f"got {given.q_block} x {given.kv_block}"
+            f"mask: tpu has blocks of a multiple of 16 queries x a multiple of {LANES} keys, got {own.q} x {own.kv}"
         )
-    return Passes(given, given)
+    return Passes(*(Sizes(t, s, *own),) * 2)
 
 
 def _lists(mask: Any, sizes: Passes, q, kv_heads: int, q_offset: Any, segments: Segments | None):
     """(packed lists, their layouts, whether the mask is looked up in patterns, fold)."""
     b, t, h, _ = q.shape
-    inner = mask if isinstance(mask, Mask) else mask.mask
     static = isinstance(q_offset, int) and segments is None and not isinstance(mask, SelectedBlocks)
-    looked_up = not inner.analytic
+    looked_up = not inner(mask).analytic
     if looked_up and not static:
         why = "q_offset" if not isinstance(q_offset, int) else "segment_ids" if segments is not None else "mask"
         raise NotImplementedError(
@@ -129,7 +122,7 @@ def _lists(mask: Any, sizes: Passes, q, kv_heads: int, q_offset: Any, segments: 
             lists = transposed(lists, cut.columns)
         which = patterns = None
         if looked_up:
-            own = mask if isinstance(mask, BlockMask) else block_mask(inner, *cut, q_offset=q_offset, heads=h, batch=b)
+            own = mask if isinstance(mask, BlockMask) else block_mask(inner(mask), *cut, q_offset=q_offset, heads=h, batch=b)
             patterns, which = common.looked_up(own, lists, bool(by_key))
         if group > 1 and lists.row.shape[1] == h and _grouped(mask, lists, which, group):
             lists = BlockLists(*(x[:, ::group] for x in lists))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import xla_loops, xla_shared
 from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, inner, own_blocks
 from pallas_kernels.attention.blocks import xla_block_sizes
 from pallas_kernels.attention.lists import Segments, Sizes
 from pallas_kernels.attention.score_mod import traced
@@ -53,18 +53,13 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     """As `reference.attend`."""
     t, s = q.shape[1], k.shape[1]
     selected = mask if isinstance(mask, SelectedBlocks) else None
-    inner = mask if isinstance(mask, Mask) else mask.mask
-    if selected is not None:
-        sizes = Sizes(t, s, selected.q_block, selected.kv_block)
-    elif isinstance(mask, BlockMask):
-        sizes = mask.sizes
-    else:
-        sizes = xla_block_sizes(mask, t, s, q_offset if isinstance(q_offset, int) else None)
     static = q_offset if isinstance(q_offset, int) else None
+    own = own_blocks(mask)
+    sizes = Sizes(t, s, *own) if own else xla_block_sizes(mask, t, s, static)
     before, rest = _scales(scale, q.dtype)
     program, inexact, floats, others = _hoisted(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     call = Call(
-        Rule(inner, rest, softcap, program, inexact),
+        Rule(inner(mask), rest, softcap, program, inexact),
         None if selected is not None else mask,
         sizes,
         static,
