@@ -11,20 +11,34 @@ from typing import Any
 import jax
 
 log = logging.getLogger(__name__)
-_told: set[tuple[str, str, str]] = set()  # what was logged, so that it is once
+_told: set[str] = set()
 
 # By platform, best first; what a kernel does not have is passed over.
 ORDER = {"tpu": ("tpu", "xla", "reference"), "gpu": ("gpu", "xla", "reference"), "cpu": ("xla", "reference")}
 
 
-def platform() -> str:
-    """What a call is compiled for: the devices of the mesh in use where there is one, the default backend otherwise."""
+def _device() -> Any:
+    """What a call is compiled for: a device of the mesh in use where there is one, the default backend's otherwise."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        kind = device.device_kind.lower()
-        return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
-    backend = jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+    return jax.devices()[0] if device is None else device
+
+
+def device_kind() -> str:
+    """Of what a call is compiled for, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"."""
+    return _device().device_kind
+
+
+def platform() -> str:
+    """Of what a call is compiled for, such as "cpu", "gpu" or "tpu"."""
+    kind = device_kind().lower()  # older versions of jax know no more of a device that is not here
+    name = getattr(_device(), "platform", None) or ("tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu")
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def log_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        log.info("%s", message)
 
 
 def named(implementations: Mapping[str, Any], implementation: str) -> None:
@@ -54,14 +68,7 @@ def run(kernel: str, implementations: Mapping[str, Callable[..., Any]], implemen
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
             continue
-        _tell(kernel, name, where, reasons)
+        passed = f" ({'; '.join(reasons)})" if reasons else ""
+        log_once(f"{kernel} on {where}: implementation {name!r}{passed}")
         return result
     raise NotImplementedError(f"no implementation of {kernel} supports this call on {where}: {'; '.join(reasons)}")
-
-
-def _tell(kernel: str, name: str, where: str, reasons: list[str]) -> None:
-    passed = f" ({'; '.join(reasons)})" if reasons else ""
-    key = (kernel, name, passed)
-    if key not in _told:
-        _told.add(key)
-        log.info("%s on %s: implementation %r%s", kernel, where, name, passed)

@@ -14,17 +14,15 @@ On a Hopper device a call goes through the first where that supports it, which i
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any, Literal
 
 import jax
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import gpu_hopper, gpu_triton
 
-log = logging.getLogger(__name__)
 HOPPER = re.compile(r"\bG?H\d{2,3}\b")  # H100, H200, H20, H800, GH200: what their device_kind says
-_told: set[str] = set()
 
 
 def attend(
@@ -60,22 +58,16 @@ def attend(
         except NotImplementedError as error:
             if through == "mosaic":
                 raise
-            _tell(f"both passes through Pallas-Triton ({error})")
+            dispatch.log_once(f"sparse_attention on Hopper: both passes through Pallas-Triton ({error})")
         else:
-            _tell("forward pass through Mosaic GPU; backward pass, where one is asked for, through Pallas-Triton")
+            dispatch.log_once(
+                "sparse_attention on Hopper: forward pass through Mosaic GPU; backward pass, where one is asked for, through "
+                "Pallas-Triton"
+            )
             return result
     return gpu_triton.attend(q, k, v, mask, **arguments)
 
 
 def on_hopper() -> bool:
     """Whether what is compiled for has compute capability 9.0."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return bool(HOPPER.search(device.device_kind))
-    return jax.default_backend() == "gpu" and getattr(jax.devices()[0], "compute_capability", "") == "9.0"
-
-
-def _tell(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.info("sparse_attention on Hopper: %s", message)
+    return bool(HOPPER.search(dispatch.device_kind()))

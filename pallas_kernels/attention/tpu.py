@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_common as common
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask, inner, own_blocks
 from pallas_kernels.attention.blocks import block_sizes
@@ -73,13 +74,6 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def device_kind() -> str:
-    """Of the devices that the call is compiled for; "" where they are no TPUs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return kind if "tpu" in kind.lower() else ""
-
-
 def _sizes(mask: Any, q, k, v, interpret: Any) -> Passes:
     t, s = q.shape[1], k.shape[1]
     own = own_blocks(mask)
@@ -87,7 +81,7 @@ def _sizes(mask: Any, q, k, v, interpret: Any) -> Passes:
         most = max(q.shape[-1], v.shape[-1])
         cut = [
             Sizes(t, s, min(blocks.q, _up(t, 16)), min(blocks.kv, _up(s, LANES)))
-            for blocks in block_sizes("tpu", device_kind(), t, most)
+            for blocks in block_sizes("tpu", dispatch.device_kind(), t, most)
         ]
         return Passes(*cut)
     if not interpret and (own.q % 16 or own.kv % LANES):

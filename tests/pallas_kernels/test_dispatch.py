@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ def test_none_takes_the_first_that_supports_the_call():
 @pytest.mark.parametrize("backend, first", [("tpu", "tpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("rocm", "gpu"), ("cpu", "xla")])
 def test_the_platform_decides_which_are_tried(monkeypatch, backend, first):
     """An unknown one is treated as a CPU; no accelerator's kernel is tried on another."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=backend, device_kind="of some kind")])
     tried = []
 
     def trying(name):
@@ -76,7 +77,9 @@ def test_a_mesh_of_devices_that_are_not_here_decides_before_the_backend(kind, pl
     device = AbstractDevice(**{name: given[name] for name in fields})
     with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",), abstract_device=device)):
         assert dispatch.platform() == platform
+        assert dispatch.device_kind() == kind
     assert dispatch.platform() == "cpu"
+    assert dispatch.device_kind() == jax.devices()[0].device_kind
 
 
 def test_only_not_implemented_goes_to_the_next():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import SelectedBlocks, api, block_mask, gpu, gpu_lists, gpu_triton, masks, reference
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments
 from tests.pallas_kernels.attention.cases import CASES, CAUSAL, KERNEL, SEGMENTS, Case
@@ -205,7 +206,7 @@ def test_hopper_is_known_by_its_name(kind, hopper):
 
 
 def test_on_hopper_what_its_kernel_does_not_have_goes_through_triton_and_is_said(caplog, monkeypatch):
-    monkeypatch.setattr(gpu, "_told", set())
+    monkeypatch.setattr(dispatch, "_told", set())
     of = {name: jnp.asarray(x, jnp.bfloat16) for name, x in operands(128, 128, d=64).items()}
     went = []
     monkeypatch.setattr(gpu_triton, "forward", lambda spec, q, k, v, *_: went.append("triton") or (v, q[..., 0].swapaxes(1, 2)))
