@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -46,7 +47,7 @@ def at(values: np.ndarray, index: Any) -> Any:
     )
 
 
-class Mask:
+class Mask(abc.ABC):
     """What all masks are. Frozen dataclasses of hashable fields; see `Everything` for the smallest.
 
     analytic: index arithmetic decides, no array is looked at; kernels then compute the mask where they need it.
@@ -59,13 +60,13 @@ class Mask:
     heads: int = 0
     batch: int = 0
 
+    @abc.abstractmethod
     def __call__(self, batch: Any, head: Any, q_index: Any, kv_index: Any) -> Any:
         """bool, of the broadcast shape of the indices: does the query see the key?"""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bounds(self, batch: int, head: int, q_first: Any, q_last: Any, kv_first: Any, kv_last: Any) -> tuple[Any, Any]:
         """(some, every) for rectangles of pairs, ends included: no pair is seen unless `some`; all are if `every`."""
-        raise NotImplementedError
 
     def __and__(self, other: Mask) -> Mask:
         return _joined(Both, self, other)

@@ -327,6 +327,17 @@ def test_sizes_of_any_whole_numbers():
     assert mask == masks.window(5, 0) and mask(0, 0, 3, 1)
 
 
+def test_a_mask_without_its_methods_is_none():
+    """Else a missing one would look like what an implementation does not support."""
+
+    class Unbounded(masks.Mask):
+        def __call__(self, batch, head, q_index, kv_index):
+            return kv_index <= q_index
+
+    with pytest.raises(TypeError, match="abstract.*bounds"):
+        Unbounded()
+
+
 def test_only_masks_combine():
     with pytest.raises(TypeError):
         masks.causal() & True
