@@ -8,10 +8,10 @@ for at its launch: with Triton by XLA's sequence of thunks, and the static part 
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 from pallas_kernels.aot import ptx
+from pallas_kernels.aot.device import Device
 from pallas_kernels.aot.results import Call
 from pallas_kernels.aot.targets import Target
 from pallas_kernels.cases import Build
@@ -35,35 +35,24 @@ class Compiler:
 
     def __init__(self, target: Target, dump: Path):
         import jax
-        import numpy as np
         from jax.experimental import topologies
-        from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
         self.folders = [dump / "xla", dump / "mosaic"]
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=target.name, topology="1x1x1", target_config=target.topology
         )
-        mesh = Mesh(np.array(topology.devices[:1]), ("device",))
-        self.sharding = NamedSharding(mesh, PartitionSpec())
-        self.mesh = AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
+        self.device = Device(topology)
         self.ptxas = ptx.assembler()
         self.versions = {"jax": jax.__version__, "ptxas": ptx.version(self.ptxas)}
 
     def compile(self, build: Build) -> tuple[float, tuple[Call, ...]]:
         """Seconds of lowering and compilation, and the Pallas kernels found in the result."""
-        import jax
-
         for folder in self.folders:
             folder.mkdir(exist_ok=True)
             for path in folder.iterdir():
                 path.unlink()
-        with jax.sharding.use_abstract_mesh(self.mesh):
-            function, specs = build()
-            specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), specs)
-            began = time.perf_counter()
-            compiled = jax.jit(function).lower(*specs).compile()
-        seconds = time.perf_counter() - began
-        return seconds, tuple(self.triton(compiled.as_text()) + self.mosaic())
+        seconds, hlo = self.device.compile(build)
+        return seconds, tuple(self.triton(hlo) + self.mosaic())
 
     def triton(self, hlo: str) -> list[Call]:
         """XLA's own kernels are in its dump too; Pallas's are those that the compiled module calls by name."""

@@ -10,10 +10,10 @@ more than the compiler gives is refused by it ("would exceed memory"); targets.p
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 from pallas_kernels.aot import bundles
+from pallas_kernels.aot.device import Device
 from pallas_kernels.aot.results import Call, Counts
 from pallas_kernels.aot.targets import Target
 from pallas_kernels.cases import Build
@@ -43,32 +43,18 @@ class Compiler:
     def __init__(self, target: Target, dump: Path):
         import jax
         import libtpu
-        import numpy as np
         from jax.experimental import topologies
-        from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
         self.target, self.dump = target, dump
-        device = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[0]
-        mesh = Mesh(np.array([device]), ("device",))
-        self.sharding = NamedSharding(mesh, PartitionSpec())
-        # Kernels ask the mesh in use what they are compiled for, the default device where it does not say.
-        self.mesh = AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
+        self.device = Device(topologies.get_topology_desc(platform="tpu", topology_name=target.topology))
         self.versions = {"jax": jax.__version__, "libtpu": libtpu.__version__}
 
     def compile(self, build: Build) -> tuple[float, tuple[Call, ...]]:
         """Seconds of lowering and compilation, and the Pallas kernels found in the result."""
-        import jax
-
         for path in self.dump.iterdir():
             path.unlink()
-        with jax.sharding.use_abstract_mesh(self.mesh):
-            function, specs = build()
-            specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), specs)
-            began = time.perf_counter()
-            compiled = jax.jit(function).lower(*specs).compile()
-        seconds = time.perf_counter() - began
-        calls = [Call(name, memory, self.counts(name)) for name, memory in kernels(compiled.as_text()).items()]
-        return seconds, tuple(calls)
+        seconds, hlo = self.device.compile(build)
+        return seconds, tuple(Call(name, memory, self.counts(name)) for name, memory in kernels(hlo).items())
 
     def counts(self, name: str) -> Counts:
         def dumped(what: str) -> str:
