@@ -113,13 +113,13 @@ def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) 
     return Blocks(Data(table if heads else table[0]), size)
 
 
-def bigbird(key: Any, size: int, length: int, window: int = 3, globals_: int = 2, count: int = 3, heads: int = 0) -> Mask:
-    """BigBird's blocks of `size`: a window of `window` blocks, the first `globals_` blocks seen by all and seeing all, and
+def bigbird(key: Any, size: int, length: int, window: int = 3, global_blocks: int = 2, count: int = 3, heads: int = 0) -> Mask:
+    """BigBird's blocks of `size`: a window of `window` blocks, the first `global_blocks` blocks seen by all and seeing all, and
     `count` random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are)."""
     reach = _whole("bigbird's window", window, 1) // 2
     mask = block_window(size, reach, reach)
-    if globals_:
-        mask = mask | global_tokens(_whole("bigbird's globals_", globals_, 0) * size)
+    if global_blocks:
+        mask = mask | global_tokens(_whole("bigbird's global_blocks", global_blocks, 0) * size)
     return mask | random_blocks(key, size, count, length, heads) if count else mask
 
 

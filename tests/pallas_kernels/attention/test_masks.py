@@ -192,13 +192,13 @@ def test_random_blocks_draw_so_many_for_every_block_of_queries():
 
 
 def test_bigbird_is_a_window_global_blocks_and_random_ones():
-    mask = masks.bigbird(1, 4, 64, window=3, globals_=2, count=3)
+    mask = masks.bigbird(1, 4, 64, window=3, global_blocks=2, count=3)
     blocks = looked_at_blocks = np.asarray(mask(0, 0, np.arange(0, 64, 4)[:, None], np.arange(0, 64, 4)[None]))
     np.testing.assert_array_equal(blocks, block_mask(mask, 64, 64, 4, 4).table() == 2)
     assert looked_at_blocks[:2].all() and looked_at_blocks[:, :2].all()
     assert all(blocks[i, max(0, i - 1) : i + 2].all() for i in range(16))
     assert 3 <= blocks[8].sum() <= 3 + 2 + 3
-    assert masks.bigbird(1, 4, 64, count=0, globals_=0) == masks.block_window(4, 1, 1)
+    assert masks.bigbird(1, 4, 64, count=0, global_blocks=0) == masks.block_window(4, 1, 1)
 
 
 def test_heads_and_sequences_told_apart_must_agree():
