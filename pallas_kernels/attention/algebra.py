@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,12 +53,14 @@ class Mask(abc.ABC):
     analytic: index arithmetic decides, no array is looked at; kernels then compute the mask where they need it.
     exact: `bounds` tells the truth about every rectangle, not only a bound of it.
     heads, batch: 0 if it is the same for all heads (sequences), how many it tells apart, or ANY if it does for any number.
+    length: how many positions it tells about, of queries and of keys; None: any number.
     """
 
     analytic: bool = True
     exact: bool = True
     heads: int = 0
     batch: int = 0
+    length: int | None = None
 
     @abc.abstractmethod
     def __call__(self, batch: Any, head: Any, q_index: Any, kv_index: Any) -> Any:
@@ -89,6 +91,10 @@ def _count(name: str, parts: Sequence[int]) -> int:
     return told[0] if told else min(parts)
 
 
+def _least(parts: Iterable[Mask]) -> int | None:
+    return min((mask.length for mask in parts if mask.length is not None), default=None)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Pair(Mask):
     left: Mask
@@ -101,6 +107,7 @@ class _Pair(Mask):
     exact = property(lambda self: False)  # type: ignore[assignment]
     heads = property(lambda self: _count("heads", [self.left.heads, self.right.heads]))  # type: ignore[assignment]
     batch = property(lambda self: _count("sequences", [self.left.batch, self.right.batch]))  # type: ignore[assignment]
+    length = property(lambda self: _least([self.left, self.right]))  # type: ignore[assignment]
 
 
 class Both(_Pair):
@@ -141,6 +148,7 @@ class Not(Mask):
     exact = property(lambda self: self.mask.exact)  # type: ignore[assignment]
     heads = property(lambda self: self.mask.heads)  # type: ignore[assignment]
     batch = property(lambda self: self.mask.batch)  # type: ignore[assignment]
+    length = property(lambda self: self.mask.length)  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
         return inverse(self.mask(batch, head, q_index, kv_index))
@@ -179,6 +187,7 @@ class PerHead(Mask):
     exact = property(lambda self: all(mask.exact for mask in self.masks))  # type: ignore[assignment]
     heads = property(lambda self: len(self.masks))  # type: ignore[assignment]
     batch = property(lambda self: _count("sequences", [mask.batch for mask in self.masks]))  # type: ignore[assignment]
+    length = property(lambda self: _least(self.masks))  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
         if isinstance(head, (int, np.integer)):

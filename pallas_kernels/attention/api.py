@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.attention import gpu, reference, tpu, xla
 from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, inner
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, check_length, inner
 from pallas_kernels.attention.lists import Segments, Sizes
 from pallas_kernels.attention.score_mod import traced
 
@@ -47,8 +47,10 @@ def sparse_attention(
         float32, bfloat16, float16 or (with x64) float64; JAX or NumPy. q_heads is a multiple of kv_heads, and query head h
         reads key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). Sums are float32 at
         least.
-    mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data.
-    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache.
+    mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data. One that tells about so
+        many positions (`mask.length`), as documents do, takes no longer sequences.
+    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache. A traced
+        one is not checked: queries beyond `mask.length` are seen as its last.
     score_mod: (score, batch, head, q_index, kv_index) -> score, a function of single scores as FlexAttention takes it: arrays
         [], the score in the dtype of sums, the others int32; differentiated, also by the arrays it closes over. A function is
         known by identity: a new lambda compiles again, as a new Python number for q_offset does, and a traced one does not.
@@ -144,6 +146,7 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
     for name, has, told in (("heads", h, asked.heads), ("sequences", b, asked.batch)):
         if told > 0 and told != has:
             raise ValueError(f"mask: got one of {told} {name}, wanted {has} as q has")
+    check_length(asked, t, s, q_offset)
     return mask
 
 

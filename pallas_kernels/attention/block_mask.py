@@ -177,8 +177,17 @@ def block_mask(mask: Mask, q_len: int, kv_len: int, q_block: int = 128, kv_block
             raise ValueError(f"block_mask's {name}: got {value!r}, wanted a whole number >= {least[name]}")
     if not isinstance(q_offset, (int, np.integer)):
         raise ValueError(f"block_mask's q_offset: got {q_offset!r}, wanted a whole number")
+    check_length(mask, q_len, kv_len, q_offset)
     counts = [_needed(*each) for each in (("heads", mask.heads, heads), ("batch", mask.batch, batch))]
     return BlockMask(mask, Sizes(q_len, kv_len, q_block, kv_block), *counts, q_offset)
+
+
+def check_length(mask: Mask, q_len: int, kv_len: int, q_offset: Any) -> None:
+    """Raises ValueError for positions beyond those that the mask tells about. An offset that is data is not looked at."""
+    last = max(kv_len, q_len + q_offset) if isinstance(q_offset, (int, np.integer)) else kv_len
+    if mask.length is not None and last > mask.length:
+        whose = "those of the keys and of queries from q_offset"
+        raise ValueError(f"mask: got one of {mask.length} positions, wanted {last}, {whose}")
 
 
 def _needed(name: str, told_apart: int, given: int) -> int:

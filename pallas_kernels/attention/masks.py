@@ -60,7 +60,8 @@ def prefix(n: int) -> Mask:
 
 def document(ids: Any) -> Mask:
     """ids[q] == ids[kv], for int ids [length] or [batch, length] that are known when the mask is made (those that are data of a
-    step are `segment_ids` of `sparse_attention`). Sorted ids make quick work of long sequences."""
+    step are `segment_ids` of `sparse_attention`). Sorted ids make quick work of long sequences. Sequences longer than ids
+    are refused."""
     if isinstance(ids, jax.core.Tracer):
         raise ValueError("document's ids are traced, and a mask is a value; pass them as segment_ids of sparse_attention")
     values = np.asarray(ids)
@@ -98,7 +99,8 @@ def global_tokens(which: int | Sequence[int]) -> Mask:
 
 def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) -> Mask:
     """Every block of `size` queries sees `count` blocks of `size` keys, drawn without replacement from those of `length` keys,
-    for each of `heads` heads anew (0: shared). key: an int or a JAX key; equal keys draw equal blocks."""
+    for each of `heads` heads anew (0: shared). key: an int or a JAX key; equal keys draw equal blocks. Sequences of more blocks
+    are refused."""
     for name, value in (("size", size), ("count", count), ("length", length)):
         _whole(f"random_blocks' {name}", value, 1)
     n = -(-length // size)

@@ -155,6 +155,7 @@ class Document(Mask):
     analytic = False
     exact = False
     batch = property(lambda self: len(self.ids.values) if self.ids.values.ndim == 2 else 0)  # type: ignore[assignment]
+    length = property(lambda self: self.ids.values.shape[-1])  # type: ignore[assignment]
 
     def _of(self, batch: Any, index: Any) -> Any:
         if not self.batch:
@@ -186,6 +187,7 @@ class Blocks(Mask):
 
     analytic = False
     heads = property(lambda self: len(self.table.values) if self.table.values.ndim == 3 else 0)  # type: ignore[assignment]
+    length = property(lambda self: self.size * min(self.table.values.shape[-2:]))  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
         *_, rows, columns = self.table.values.shape

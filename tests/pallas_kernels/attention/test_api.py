@@ -54,6 +54,19 @@ REFUSED = {
         {"mask": masks.document(np.zeros((3, 6), int))},
         r"^mask: got one of 3 sequences, wanted 2 as q has$",
     ),
+    "a mask of fewer keys": ({"mask": masks.document(np.zeros(5, int))}, r"^mask: got one of 5 positions, wanted 6, those of"),
+    "a mask of fewer keys, at an offset that is data": (
+        {"mask": ~masks.document(np.zeros(5, int)), "q_offset": jnp.int32(0)},
+        r"^mask: got one of 5 positions, wanted 6, those of",
+    ),
+    "a mask of fewer queries": (
+        {"mask": CAUSAL & masks.document(np.zeros(8, int)), "q_offset": 3},
+        r"^mask: got one of 8 positions, wanted 9, those of",
+    ),
+    "blocks selected from fewer keys": (
+        {"mask": SelectedBlocks(PICKS, 4, 4, masks.random_blocks(0, 1, 1, 5))},
+        r"^mask: got one of 5 positions, wanted 6, those of",
+    ),
     "a block mask of other heads": (
         {"mask": block_mask(masks.from_function(lambda b, h, q, kv: kv <= q + h), 6, 6, heads=3)},
         r"^mask: got a BlockMask for 3 heads, wanted 4 as q has$",

@@ -198,7 +198,8 @@ def test_masks_of_a_step_are_sorted_once_a_value():
 
 
 def test_ids_of_a_document_beyond_the_last_are_its_last():
-    """Where the oracle, the mask and bounds must agree; such as a cache longer than what was known."""
-    seen = oracle.table(["document", [0, 0, 1]], 1, 1, 5, 5)[0, 0]
-    assert seen[2:, 2:].all() and not seen[:2, 2:].any()
-    assert set(blocks_in(block_mask(masks.document(np.array([0, 0, 1])), 5, 5, 1, 1).lists)) == set(zip(*np.nonzero(seen)))
+    """Where the oracle, the mask and bounds must agree: queries at an offset that is data are not known to end before."""
+    seen = oracle.table(["document", [0, 0, 1]], 1, 1, 5, 3)[0, 0]
+    assert seen[2:, 2].all() and not seen[:2, 2].any()
+    lists = block_lists(masks.document(np.array([0, 0, 1])), Sizes(5, 3, 1, 1), 1, 1, jnp.int32(0), None)
+    assert set(blocks_in(lists)) == set(zip(*np.nonzero(seen)))

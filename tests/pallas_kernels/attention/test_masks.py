@@ -217,6 +217,16 @@ def test_heads_and_sequences_told_apart_must_agree():
     assert (masks.causal() & masks.document(IDS)).batch == 2 and (masks.causal() | masks.prefix(2)).heads == 0
 
 
+def test_a_mask_of_arrays_tells_how_many_positions_it_is_of():
+    """What is combined, the least of its parts."""
+    nine, ten = masks.document(np.zeros(9, int)), masks.random_blocks(0, 5, 1, 8)
+    assert (nine.length, ten.length, masks.document(np.zeros((2, 9), int)).length) == (9, 10, 9)
+    assert masks.bigbird(0, 4, 30).length == 32 and masks.bigbird(0, 4, 30, count=0).length is None
+    for other in (masks.causal(), masks.full(), masks.prefix(3), masks.global_tokens([50]), made(["function", 1, 2])):
+        assert other.length is None and (~other & ten).length == 10
+    assert (nine | ten).length == (ten & ~nine).length == masks.per_head(ten, nine, masks.causal()).length == 9
+
+
 def test_what_a_function_looks_at_is_read_off_its_program():
     """Also through what it computes; what it takes and does not use does not count."""
     table = np.arange(20) % 3 == 0
