@@ -83,9 +83,7 @@ def sparse_attention(
         sinks = _array("sinks", sinks)
         _expect("sinks", sinks.shape, (h,), "[q_heads]")
     for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not (
-            isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name == "scale")
-        ):
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and (value > 0 or name == "scale")):
             raise ValueError(
                 f"{name}: got {value!r}, wanted {'a positive' if name == 'softcap' else 'a finite'} Python number or None"
             )

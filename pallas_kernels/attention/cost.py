@@ -71,6 +71,12 @@ def cost(
         blocks, sizes = blocks.lists, blocks.sizes
     if sizes is None:
         raise ValueError("sizes: got None, wanted those of the lists")
+    counts = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "d_qk": d_qk, "d_v": d_v}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, wanted a whole number >= 1")
+    if q_heads % kv_heads:
+        raise ValueError(f"q_heads: got {q_heads}, wanted a multiple of kv_heads, {kv_heads}")
     for name, length, has in zip(("batch", "q_heads"), blocks.row.shape, (batch, q_heads)):
         if length not in (1, has) and not (name == "q_heads" and length == kv_heads):
             raise ValueError(f"{name}: got {has}, and there are lists for {length}")

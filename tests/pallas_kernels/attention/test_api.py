@@ -107,6 +107,8 @@ REFUSED = {
     "whole sinks": ({"sinks": np.zeros(4, int)}, r"^sinks: got dtype int32, wanted one of"),
     "a softcap of nothing": ({"softcap": 0}, r"^softcap: got 0, wanted a positive Python number or None$"),
     "a softcap that is traced": ({"softcap": jnp.float32(2)}, r"^softcap: got .*, wanted a positive Python number or None$"),
+    "a softcap that is a switch": ({"softcap": True}, r"^softcap: got True, wanted a positive Python number or None$"),
+    "a scale that is a switch": ({"scale": False}, r"^scale: got False, wanted a finite Python number or None$"),
     "an endless scale": ({"scale": float("inf")}, r"^scale: got inf, wanted a finite Python number or None$"),
 }  # fmt: skip
 

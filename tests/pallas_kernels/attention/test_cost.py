@@ -44,6 +44,7 @@ WALKED = {
 }
 
 
+OF_TWO = "selected by key head"
 lists_named = functools.cache(lambda name: WALKED[name]())
 
 
@@ -91,12 +92,19 @@ def walked(lists: BlockLists, kv_heads: int, backward: bool) -> tuple[dict[str, 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("name", WALKED)
+@pytest.mark.parametrize("name", [name for name in WALKED if name != OF_TWO])
 def test_costs_are_what_a_walk_through_the_grid_counts(name, kv_heads, backward):
     """Grid points, those that compute, and every operand's blocks; and operations and bytes, from these."""
+    check(name, kv_heads, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_costs_of_lists_of_key_heads_are_what_a_walk_counts(backward):
+    check(OF_TWO, 2, backward)
+
+
+def check(name, kv_heads, backward):
     lists = lists_named(name)
-    if lists.row.shape[1] not in (1, kv_heads, HEADS):
-        pytest.skip("these lists are of two key heads")
     arguments = {"batch": BATCH, "q_heads": HEADS, "kv_heads": kv_heads, "d_qk": D_QK, "d_v": D_V, "dtype": jnp.bfloat16}
     got = cost(lists, SIZES, **arguments, backward=backward)
     blocks, points, visited = walked(lists, kv_heads, backward)
@@ -112,7 +120,7 @@ def test_costs_are_what_a_walk_through_the_grid_counts(name, kv_heads, backward)
     products = [D_QK, D_V, D_V, D_QK, D_QK] if backward else [D_QK, D_V]
     assert got.flops == visited * sum(2 * q * kv * d for d in products)
     assert got.exps == visited * (q * kv + (0 if backward else q))
-    assert got.entries == lists.row.size if not backward else got.entries > 0
+    assert got.entries == (transposed(lists, SIZES.columns) if backward else lists).row.size
 
 
 def test_a_causal_mask_of_128k_costs_what_its_formula_says():
@@ -136,6 +144,19 @@ def test_heads_that_share_keys_fetch_a_common_block_once():
     assert cost(one, kv_heads=6, **arguments).fetched == {"q": 6, "k": 6, "v": 6}
     back = cost(one, kv_heads=2, **arguments, backward=True)
     assert back.written == {"dk": 2, "dv": 2, "dq": 6} and back.grid_points == 6
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"batch": 0}, "^batch: got 0, wanted a whole number >= 1$"),
+    ({"d_qk": -8}, "^d_qk: got -8, wanted a whole number >= 1$"),
+    ({"d_v": 8.0}, "^d_v: got 8.0, wanted a whole number >= 1$"),
+    ({"kv_heads": True}, "^kv_heads: got True, wanted a whole number >= 1$"),
+    ({"q_heads": 5}, "^q_heads: got 5, wanted a multiple of kv_heads, 2$"),
+])  # fmt: skip
+def test_sizes_that_no_call_has_are_refused(change, says):
+    arguments = {"batch": 1, "q_heads": 4, "kv_heads": 2, "d_qk": 8, "d_v": 8, "dtype": jnp.float32}
+    with pytest.raises(ValueError, match=says):
+        cost(block_mask(masks.causal(), 16, 16, 16, 16), **arguments | change)
 
 
 def test_lists_that_do_not_fit_the_call_are_refused():
