@@ -35,6 +35,12 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
+def check_platform(implementation: str) -> None:
+    """Raises NotImplementedError where the implementation is for another platform than what a call is compiled for."""
+    if platform() != implementation:
+        raise NotImplementedError(f"implementation: {implementation!r} does not run on {platform()} ({device_kind()})")
+
+
 def log_once(message: str) -> None:
     if message not in _told:
         _told.add(message)

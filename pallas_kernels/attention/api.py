@@ -60,7 +60,8 @@ def sparse_attention(
     softcap: scores become softcap * tanh(score / softcap), before score_mod.
     scale: 1 / sqrt(d_qk) if None.
     return_lse: also the log of the sum of exp(score), sinks included: float32 [batch, q_len, q_heads], differentiated.
-    implementation: "reference", "xla", "tpu" or "gpu"; None takes the best that supports the call.
+    implementation: "reference", "xla", "tpu" or "gpu"; None takes the best that supports the call. The last two are for what is
+        compiled for: the mesh in use, whose devices may be abstract, or the default backend.
 
     Returns [batch, q_len, q_heads, d_v] in q's dtype. Queries that see nothing get 0 (lse -inf) and have zero gradients; keys
     that are not seen have no influence, be they NaN. Raises ValueError for shapes and dtypes that do not fit,
@@ -82,11 +83,8 @@ def sparse_attention(
     if sinks is not None:
         sinks = _array("sinks", sinks)
         _expect("sinks", sinks.shape, (h,), "[q_heads]")
-    for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and (value > 0 or name == "scale")):
-            raise ValueError(
-                f"{name}: got {value!r}, wanted {'a positive' if name == 'softcap' else 'a finite'} Python number or None"
-            )
+    _number("softcap", softcap, "a positive")
+    _number("scale", scale, "a finite")
     out, lse = dispatch.run(
         "sparse_attention", IMPLEMENTATIONS, implementation, q, k, v, mask, q_offset=q_offset, score_mod=score_mod,
         segment_ids=segment_ids, sinks=sinks, softcap=softcap, scale=d**-0.5 if scale is None else float(scale),
@@ -101,6 +99,12 @@ def _array(name: str, x: Any) -> jax.Array:
     if dtype.name not in DTYPES:
         raise ValueError(f"{name}: got dtype {dtype.name}, wanted one of {', '.join(DTYPES)}")
     return jnp.asarray(x)
+
+
+def _number(name: str, value: Any, wanted: str) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and not (fits and (value > 0 or wanted == "a finite")):
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted} Python number or None")
 
 
 def _expect(name: str, got: tuple[int, ...], wanted: tuple[int, ...], words: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.gpu_lists import Blocked, Visits, blocked, visits
@@ -58,6 +59,8 @@ def attend(passes, blocks, q, k, v, mask, *, q_offset, score_mod, segment_ids, s
     b, t, h, _ = q.shape
     s = k.shape[1]
     forward, backward = blocks
+    if not interpret:
+        dispatch.check_platform("gpu")
     refuse_arrays(score_mod, "gpu")
     q_p, k_p, v_p = (_padded(x, blocks, side) for x, side in ((q, 0), (k, 1), (v, 1)))
     lists, kept = {}, {}

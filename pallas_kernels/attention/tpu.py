@@ -49,6 +49,8 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     sizes = _sizes(mask, q, k, v, interpret)
     lists, layouts, looked_up, fold = _lists(mask, sizes, q, kv_heads, q_offset, segment_ids)
+    if not interpret:
+        dispatch.check_platform("tpu")
     call = Call(
         batch=b, heads=h // fold, kv_heads=kv_heads, fold=fold, forward=sizes.forward, backward=sizes.backward,
         mask=None if looked_up else inner(mask), score_mod=score_mod, softcap=softcap, scale=scale,

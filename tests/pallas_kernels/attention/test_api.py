@@ -142,6 +142,18 @@ def test_none_falls_back_where_the_best_does_not_support_the_call(monkeypatch):
         sparse_attention(Q, K, V, CAUSAL, softcap=2.0, implementation="xla")
 
 
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_a_kernel_named_where_it_does_not_run_is_refused(implementation):
+    """Also under jit and grad, before anything is lowered."""
+
+    def loss(q):
+        return sparse_attention(q, K, V, CAUSAL, implementation=implementation).sum()
+
+    for run in (loss, jax.jit(loss), jax.grad(loss)):
+        with pytest.raises(NotImplementedError, match=rf"^implementation: '{implementation}' does not run on cpu \(cpu\)"):
+            run(Q)
+
+
 def exact(q, k, v, spec, offset=(0,), **arguments):
     seen = oracle.table(spec, q.shape[0], q.shape[2], q.shape[1], k.shape[1], offset)
     wide = {name: np.asarray(x, np.float64) for name, x in zip("qkv", (q, k, v))}
