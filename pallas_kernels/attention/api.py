@@ -44,9 +44,9 @@ def sparse_attention(
     """softmax(scale q k') v over the keys that each query sees; the formula stands in `reference`.
 
     q: [batch, q_len, q_heads, d_qk]; k: [batch, kv_len, kv_heads, d_qk]; v: [batch, kv_len, kv_heads, d_v], all of one dtype:
-        float32, bfloat16, float16 or (with x64) float64; JAX or NumPy. q_heads is a multiple of kv_heads, and query head h
-        reads key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). Sums are float32 at
-        least.
+        float32, bfloat16, float16 or (with x64) float64; JAX or NumPy; sharded over no Explicit mesh axes. q_heads is a
+        multiple of kv_heads, and query head h reads key head h // (q_heads / kv_heads) (grouped queries: Ainslie et al. 2023,
+        arXiv 2305.13245). Sums are float32 at least.
     mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data. One that tells about so
         many positions (`mask.length`), as documents do, takes no longer sequences.
     q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache. A traced
@@ -120,6 +120,8 @@ def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             raise ValueError(f"{name}: got shape {list(x.shape)}, wanted no empty axis")
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: got dtype {x.dtype}, wanted {q.dtype} as q has")
+        if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+            raise ValueError(f"{name}: got {jax.typeof(x)}, wanted mesh axes that are Auto, as in jax.sharding.auto_axes")
     b, _, h, d = q.shape
     _expect("k", k.shape, (b, k.shape[1], k.shape[2], d), "[batch, kv_len, kv_heads, d_qk] beside q")
     _expect("v", v.shape, (*k.shape[:3], v.shape[3]), "[batch, kv_len, kv_heads, d_v] beside k")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 
 from pallas_kernels.attention import SelectedBlocks, api, block_mask, masks, reference, sparse_attention
 from tests.pallas_kernels.attention import oracle
@@ -140,6 +141,23 @@ def test_none_falls_back_where_the_best_does_not_support_the_call(monkeypatch):
     assert np.abs(sparse_attention(Q, K, V, CAUSAL) - call()).max() > 0.1  # the best was taken
     with pytest.raises(NotImplementedError, match="^softcap: not here$"):
         sparse_attention(Q, K, V, CAUSAL, softcap=2.0, implementation="xla")
+
+
+def test_explicit_mesh_axes_are_refused_and_auto_ones_taken():
+    q, k, v = operands(b=8)
+    expected = call(q, k, v)
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            sharded = [jax.device_put(x, NamedSharding(mesh, jax.P("data"))) for x in (q, k, v)]
+            if kind == AxisType.Auto:
+                same(call(*sharded), expected, FORWARD)
+                continue
+            for run in (call, jax.jit(call)):
+                with pytest.raises(ValueError, match=r"^q: got float32\[8@data,6,4,8\], wanted mesh axes that are Auto"):
+                    run(*sharded)
+            auto = jax.sharding.auto_axes(call, out_sharding=jax.P("data"))
+            same(auto(*sharded), expected, FORWARD)
 
 
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
