@@ -57,14 +57,18 @@ def _piece(i: Any, pieces: int, heads: int, size: int, offset: Any, segments: Se
     return Piece(i // pieces, head, offset, segments)
 
 
-def _over_row(row: BlockLists, starts: jax.Array, r: jax.Array, one: Callable[..., Any], carry: Any) -> Any:
-    """one(carry, columns, valid) for the blocks of row r, AT_ONCE at a time. starts: first entry of each row, and the end."""
-    n = row.row.shape[0]
-    count = jnp.sum((row.row == r) & (row.kind != EMPTY))
+def _spans(lists: BlockLists, rows: int) -> tuple[jax.Array, jax.Array]:
+    """(first entry, how many that are not EMPTY) of each row of a list [n]; in a row, EMPTY entries come last."""
+    starts = jnp.searchsorted(lists.row, jnp.arange(rows))
+    return starts, jnp.zeros(rows, jnp.int32).at[lists.row].add(lists.kind != EMPTY)
+
+
+def _over_row(column: jax.Array, start: jax.Array, count: jax.Array, one: Callable[..., Any], carry: Any) -> Any:
+    """one(carry, columns, valid) for the blocks of a row, AT_ONCE at a time."""
 
     def body(i: Any, carry: Any) -> Any:
         inside = i * AT_ONCE + jnp.arange(AT_ONCE)
-        return one(carry, row.column[jnp.minimum(starts[r] + inside, n - 1)], inside < count)
+        return one(carry, column[jnp.minimum(start + inside, len(column) - 1)], inside < count)
 
     return jax.lax.fori_loop(0, -(-count // AT_ONCE), body, carry)
 
@@ -90,7 +94,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
     def sequence(i, lists, offset, segments, q, k, v):
         q_NxGxTxD, (k_NxSxD, v_NxSxD) = heads_first(q, size), (x.swapaxes(0, 1) for x in (k, v))
         piece = _piece(i, pieces, heads, size, offset, segments)
-        starts = jnp.searchsorted(lists.row, jnp.arange(sizes.rows))
+        starts, counts = _spans(lists, sizes.rows)
         apart = (q_NxGxTxD.shape[0], 1, size, sizes.q_block)
 
         def row(r):
@@ -105,7 +109,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
                 return tiles.forward(sums, queries, keys, values, rule, where, constants, apart, True, every)
 
             start = varying(piece.start(sinks, 1, sizes.q_block, v_NxSxD.shape[-1], dtype), q, k, lists.row)
-            return tiles.finished(_over_row(lists, starts, r, add, start))
+            return tiles.finished(_over_row(lists.column, starts[r], counts[r], add, start))
 
         out, lse = jax.lax.map(row, jnp.arange(sizes.rows))  # [rows, N, G * queries, …]
         n = q_NxGxTxD.shape[0]
@@ -132,13 +136,15 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     def sequence(i, lists, offset, segments, q, d_out, lse, delta, k, v):
         q, d_out, lse, delta = (heads_first(x, size) for x in (q, d_out, lse, delta))
         k_NxSxD, v_NxSxD = (x.swapaxes(0, 1) for x in (k, v))
+        k_NxDxS = k_NxSxD.swapaxes(1, 2)
         piece = _piece(i, pieces, heads, size, offset, segments)
-        starts = jnp.searchsorted(lists.row, jnp.arange(sizes.columns))
+        starts, counts = _spans(lists, sizes.columns)
         n, _, t, d = q.shape
 
         def row(carry, r):
             """A row is a block of keys here, and a column one of queries."""
             keys, values = (taken(x, r[None], sizes.kv_block, 1) for x in (k_NxSxD, v_NxSxD))
+            turned = taken(k_NxDxS, r[None], sizes.kv_block, 2)
 
             def add(sums, columns, valid):
                 d_k, d_v, d_q, d_floats = sums
@@ -150,7 +156,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                 rows = tiles.Rows(*wide, *(x.reshape(n, 1, -1) for x in parts[2:]))
                 every = spread(valid, sizes.q_block)
                 apart = (n, 1, sizes.kv_block, size, len(columns) * sizes.q_block)
-                more = tiles.backward(rows, keys, values, rule, where, constants, apart, True, every)
+                more = tiles.backward(rows, keys, turned, values, rule, where, constants, apart, True, every)
                 d_floats = jax.tree.map(jnp.add, d_floats, more[3])
                 return (
                     d_k + more[0],
@@ -160,13 +166,13 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                 )
 
             zeros = varying([jnp.zeros(x.shape, lse.dtype) for x in (keys, values)], q, k, lists.row)
-            d_k, d_v, *carry = _over_row(lists, starts, r, add, (*zeros, *carry))
+            d_k, d_v, *carry = _over_row(lists.column, starts[r], counts[r], add, (*zeros, *carry))
             return tuple(carry), (d_k, d_v)
 
-        start = varying((jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), q, k, lists.row)
+        start = varying((jnp.zeros((n, size, t, d), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), q, k, lists.row)
         (d_q, d_floats), (d_k, d_v) = jax.lax.scan(row, start, jnp.arange(sizes.columns))
         d_k, d_v = (jnp.moveaxis(x, 0, 1).reshape(n, -1, x.shape[-1]).swapaxes(0, 1) for x in (d_k, d_v))
-        return heads_last(jnp.moveaxis(d_q, 1, 3)), d_k, d_v, d_floats
+        return heads_last(d_q), d_k, d_v, d_floats
 
     offsets, segments = _per_piece(data, batch, pieces)
     arrays = [padded(x, sizes.rows * sizes.q_block) for x in (q, d_out, lse, delta)]

@@ -28,6 +28,13 @@ def varying(tree: Any, *beside: jax.Array) -> Any:
     return jax.tree.map(lambda x: x + sum(n.astype(x.dtype) for n in nothing), tree)
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """x, as an array of its own. XLA's CPU compiler fuses what is cheap into every loop that reads it, be it layouts whose
+    indices then keep the loop from being vectorized; a remainder counts as dear. (It drops `lax.optimization_barrier` before.)
+    """
+    return jax.lax.rem(x, jnp.full_like(x, jnp.inf))
+
+
 def heads_first(x_TxHx: jax.Array, group: int) -> jax.Array:
     """[length, heads, …] -> [heads / group, group, length, …]."""
     t, h, *rest = x_TxHx.shape
@@ -78,20 +85,22 @@ def spread(valid: Any, block: int) -> Any:
     return None if valid is None else jnp.repeat(jnp.asarray(valid), block)
 
 
-def added(d_q_NxDxGxT: jax.Array, part_NxRxDxGxM: jax.Array, columns_RxW: Any, block: int) -> jax.Array:
+def added(d_q_NxGxTxD: jax.Array, part_NxRxDxGxM: jax.Array, columns_RxW: Any, block: int) -> jax.Array:
     """Adds what blocks of queries get: in place, or, where it is several rows at known places, as one sum."""
     n, r, d, group, _ = part_NxRxDxGxM.shape
     w, known = columns_RxW.shape[1], isinstance(columns_RxW, np.ndarray)
     joined = known and r == 1 and (np.diff(columns_RxW[0]) == 1).all()
+    part_NxGxRxMxD = jnp.transpose(part_NxRxDxGxM, (0, 3, 1, 4, 2))
     for start, stop in [(0, w)] if joined else [(i, i + 1) for i in range(w)]:
-        part = jnp.moveaxis(part_NxRxDxGxM[..., start * block : stop * block], 1, 3).reshape(n, d, group, -1)
-        at, length = columns_RxW[0, start] * block, part.shape[3]
+        part = part_NxGxRxMxD[:, :, :, start * block : stop * block].reshape(n, group, -1, d)
+        at, length = columns_RxW[0, start] * block, part.shape[2]
         if known and r > 1:
-            d_q_NxDxGxT += jnp.pad(part, [(0, 0)] * 3 + [(int(at), d_q_NxDxGxT.shape[3] - int(at) - length)])
+            end = d_q_NxGxTxD.shape[2] - int(at) - length
+            d_q_NxGxTxD += jnp.pad(part, [(0, 0), (0, 0), (int(at), end), (0, 0)])
             continue
-        old = jax.lax.dynamic_slice_in_dim(d_q_NxDxGxT, at, length, axis=3)
-        d_q_NxDxGxT = jax.lax.dynamic_update_slice_in_dim(d_q_NxDxGxT, old + part, at, axis=3)
-    return d_q_NxDxGxT
+        old = jax.lax.dynamic_slice_in_dim(d_q_NxGxTxD, at, length, axis=2)
+        d_q_NxGxTxD = jax.lax.dynamic_update_slice_in_dim(d_q_NxGxTxD, old + part, at, axis=2)
+    return d_q_NxGxTxD
 
 
 class Piece:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.attention.lists import EMPTY, FULL, BlockLists
+from pallas_kernels.attention.block_mask import BlockMask
+from pallas_kernels.attention.lists import EMPTY, FULL, transposed
 
 MOST_GROUPS = 16  # programs of their own; more take long to compile
 
@@ -27,36 +28,20 @@ class Group(NamedTuple):
     together: int  # rows at once; several only where each row's columns are those of the row before moved by one
 
 
-class Hashed(NamedTuple):
-    """A shared list as a value."""
-
-    row: bytes
-    column: bytes
-    kind: bytes
-
-    @classmethod
-    def of(cls, lists: BlockLists) -> Hashed:
-        return cls(*(np.ascontiguousarray(x[0, 0], np.int32).tobytes() for x in lists))
-
-
 @functools.lru_cache(maxsize=256)
-def plan(hashed: Hashed, at_once: int, band: int) -> tuple[Group, ...]:
-    """Groups in the order of their first rows. at_once: the most blocks of a row that are computed together; band: of
-    several."""
-    row, column, kind = (np.frombuffer(x, np.int32) for x in hashed)
-    count = int(row[-1]) + 1
+def plan(blocks: BlockMask, by_key: bool, at_once: int, band: int) -> tuple[Group, ...]:
+    """Groups in the order of their first rows. blocks: of one list; by_key: by columns. at_once: the most blocks of a row that
+    are computed together; band: of several."""
+    lists = transposed(blocks.lists, blocks.sizes.columns) if by_key else blocks.lists
+    row, column, kind = (x[0, 0] for x in lists)
+    ends = np.searchsorted(row, np.arange(1, int(row[-1]) + 1))
     full, rest = [], []
-    for r in range(count):
-        mine = (row == r) & (kind != EMPTY)
-        columns, kinds = column[mine], kind[mine]
-        if len(columns) > at_once:  # the full ones first, as many as fill chunks
-            sure = columns[kinds == FULL]
-            sure = sure[: len(sure) // at_once * at_once]
-            full.append(sure)
-            rest.append((columns[~np.isin(columns, sure)], bool((kinds != FULL).any())))
-        else:
-            full.append(columns[:0])
-            rest.append((columns, bool((kinds != FULL).any())))
+    for columns, kinds in zip(np.split(column, ends), np.split(kind, ends)):
+        columns, kinds = columns[kinds != EMPTY], kinds[kinds != EMPTY]
+        sure = columns[kinds == FULL] if len(columns) > at_once else columns[:0]
+        sure = sure[: len(sure) // at_once * at_once]  # the full ones first, as many as fill chunks
+        full.append(sure)
+        rest.append((columns[~np.isin(columns, sure)], bool((kinds != FULL).any())))
     widths = np.array([len(columns) for columns, _ in rest])
     keys = np.stack([[len(x) // at_once for x in full], widths, [asked for _, asked in rest]], axis=-1)
     step = 1

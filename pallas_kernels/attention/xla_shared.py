@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import xla_tiles as tiles
-from pallas_kernels.attention.block_mask import block_lists
-from pallas_kernels.attention.lists import Sizes, transposed
+from pallas_kernels.attention.block_mask import BlockMask, block_mask
+from pallas_kernels.attention.lists import Sizes
 from pallas_kernels.attention.xla_pieces import (
     Piece,
     added,
     each,
     heads_first,
     heads_last,
+    kept,
     padded,
     positions,
     spread,
     taken,
     varying,
 )
-from pallas_kernels.attention.xla_plan import Group, Hashed, plan
+from pallas_kernels.attention.xla_plan import Group, plan
 
 AT_ONCE = 1 << 20  # scores that are computed together
 BAND = 1 << 19  # those of several rows of a loop
@@ -34,10 +35,10 @@ ROWS = 2  # steps of a loop that are beside each other
 
 
 def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, ...]:
-    lists = block_lists(call.listed, sizes, 1, 1, call.q_offset, None)
-    lists = transposed(lists, sizes.columns) if by_key else lists
-    block = heads * sizes.q_block * sizes.kv_block
-    return plan(Hashed.of(lists), max(1, AT_ONCE // block), BAND // block)
+    listed = call.listed
+    blocks = listed if isinstance(listed, BlockMask) else block_mask(listed, *sizes, q_offset=call.q_offset)
+    scores = heads * sizes.q_block * sizes.kv_block
+    return plan(blocks, by_key, max(1, AT_ONCE // scores), BAND // scores)
 
 
 def _sequences(groups: tuple[Group, ...], sizes: Sizes, heads: int) -> int:
@@ -159,8 +160,9 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     q_block, kv_block = sizes.q_block, sizes.kv_block
 
     def sequence(b, q, d_out, lse, delta, *keys_and_values):
-        queries = [heads_first(x, size) for x in (q, d_out, lse, delta)]  # [N, G, T, …]
+        queries = [*(heads_first(x, size) for x in (q, d_out)), *(kept(heads_first(x, size)) for x in (lse, delta))]
         k_Nx1xSxD, v_Nx1xSxD = (heads_first(x, 1) for x in keys_and_values)
+        k_NxDxS = k_Nx1xSxD[:, 0].swapaxes(1, 2)
         piece = Piece(b, np.arange(heads, dtype=np.int32).reshape(-1, size), call.q_offset, None)
         n, _, t, d = queries[0].shape
 
@@ -168,6 +170,8 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
             """A row is a block of keys here, and a column one of queries."""
             r = len(rows)
             keys, values = (_together(_blocks(x, rows[:, None], kv_block)) for x in (k_Nx1xSxD, v_Nx1xSxD))
+            turned = jax.lax.dynamic_slice_in_dim(k_NxDxS, rows[0] * kv_block, r * kv_block, axis=2)
+            turned = turned.reshape(n, d, r, kv_block).swapaxes(1, 2).reshape(n * r, d, kv_block)
             kv_index = positions(rows[:, None], kv_block)
 
             def add(masked):
@@ -178,7 +182,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                     beside = tiles.Rows(*(_together(x) for x in parts[:2]), *(x.reshape(n * r, 1, -1) for x in parts[2:]))
                     every = None if valid is None else spread(valid[0], q_block)
                     apart = (n, r, kv_block, size, columns.shape[1] * q_block)
-                    more = tiles.backward(beside, keys, values, rule, where, constants, apart, masked, every)
+                    more = tiles.backward(beside, keys, turned, values, rule, where, constants, apart, masked, every)
                     part = more[2].reshape(n, r, d, size, -1)
                     d_q = added(d_q, part, columns, q_block)
                     return d_k + more[0], d_v + more[1], d_q, jax.tree.map(jnp.add, d_floats, more[3])
@@ -190,7 +194,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
             d_k, d_v, *carry = _over_chunks(add(masked), sums, rest, valid) if rest.size else sums
             return tuple(carry), tuple(_rows_first(x, r) for x in (d_k, d_v))
 
-        start = varying((jnp.zeros((n, d, size, t), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), queries[0], k_Nx1xSxD)
+        start = varying((jnp.zeros((n, size, t, d), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), queries[0], k_Nx1xSxD)
         carries, found = [start] * BESIDE, []
         for i, g in enumerate(groups):
             side = i % BESIDE
@@ -200,7 +204,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
             found.append(result)
         d_q, d_floats = jax.tree.map(lambda *parts: sum(parts), *carries)
         d_k, d_v = (heads_last(_unblocked(x, 1)) for x in _in_order(groups, found))
-        return heads_last(jnp.moveaxis(d_q, 1, 3)), d_k, d_v, d_floats
+        return heads_last(d_q), d_k, d_v, d_floats
 
     arrays = [padded(x, sizes.rows * q_block) for x in (q, d_out, lse, delta)]
     arrays += [padded(x, sizes.columns * kv_block) for x in (k, v)]

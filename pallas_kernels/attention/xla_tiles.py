@@ -118,12 +118,12 @@ class Rows(NamedTuple):
     delta: jax.Array
 
 
-def backward(rows: Rows, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
+def backward(rows: Rows, k_NxKxD, k_NxDxK, v_NxKxD, rule: Rule, where: Where, constants, apart, masked: bool, valid):
     """(dK, dV, dQ transposed [N, d, M], gradients of floats) of some keys and queries, all finite: what was not is zero here,
     and has made the lse of who sees it NaN.
 
-    Scores are [N, keys, M] here: neither dK nor dV then needs them turned round. apart: the shape that they are put apart to,
-    for which `where` and `valid` are.
+    Scores are [N, keys, M] here, and the keys are given turned round as well: no product then has to turn an operand. apart:
+    the shape that scores are put apart to, for which `where` and `valid` are.
     """
     raw = product("nkd,nmd->nkm", k_NxKxD, rows.q)
     floats, others = constants
@@ -140,4 +140,4 @@ def backward(rows: Rows, k_NxKxD, v_NxKxD, rule: Rule, where: Where, constants, 
     d_raw, d_floats = pull(d_score)
     d_v = product("nkm,nmd->nkd", weight, rows.d_out)
     d_k = product("nkm,nmd->nkd", d_raw, rows.q)
-    return d_k, d_v, product("nkd,nkm->ndm", k_NxKxD, d_raw), d_floats
+    return d_k, d_v, product("ndk,nkm->ndm", k_NxDxK, d_raw), d_floats
