@@ -7,18 +7,31 @@ utilization (PaLM, arXiv 2204.02311, appendix B). A compiler's own cost analysis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from research.core.trips import Path, trips
 from research.core.types import Learner
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of `function(*args)`; args may be ShapeDtypeStructs. The longest branch of a cond counts; a while loop's body once,
-    since its trip count is not known."""
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    """FLOPs of `function(*args)`; args may be ShapeDtypeStructs. The longest branch of a cond counts. The body of a while
+    loop counts as often as it runs where that is known without the arguments (attention over lists of blocks), else once."""
+    program = jax.make_jaxpr(function)(*args)
+    return _of_jaxpr(program.jaxpr, 1, (), trips(program) if _multiplies(program.jaxpr, False) else {})
+
+
+def _multiplies(jaxpr: Any, in_loop: bool) -> bool:
+    """Whether a while loop has a matrix product or a convolution in it."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if in_loop and name in ("dot_general", "conv_general_dilated"):
+            return True
+        if any(_multiplies(inner, in_loop or name == "while") for inner in _inner(eqn.params)):
+            return True
+    return False
 
 
 def step_flops(learner: Learner) -> int:
@@ -28,24 +41,25 @@ def step_flops(learner: Learner) -> int:
     return count_flops(learner.step, jax.eval_shape(learner.init, key), batch, key)
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(eqn) for eqn in jaxpr.eqns)
+def _of_jaxpr(jaxpr: Any, times: int, path: Path, passes: Mapping[Path, int]) -> int:
+    """Of a program that runs so many times."""
+    return sum(_of_equation(eqn, times, (*path, place), passes) for place, eqn in enumerate(jaxpr.eqns))
 
 
-def _of_equation(eqn: Any) -> int:
+def _of_equation(eqn: Any, times: int, path: Path, passes: Mapping[Path, int]) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
+        return times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
     if name == "conv_general_dilated":
         kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
         per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
-    inner = [_of_jaxpr(j) for j in _inner(params)]
+        return times * 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
     if name == "cond":
-        return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+        return max(_of_jaxpr(branch, times, path, {}) for branch in _inner(params))
+    times = times * params["length"] if name == "scan" else passes.get(path, times)
+    return sum(_of_jaxpr(inner, times, path, passes) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
