@@ -148,10 +148,12 @@ def test_what_jax_does_to_functions():
         np.testing.assert_allclose(mapped[name][:, 0], expected[name], atol=1e-5)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = PartitionSpec("data", None, "tensor")
-    sharded = functools.partial(jax.shard_map, mesh=mesh, in_specs=(dict.fromkeys(of, spec),), out_specs=spec)
-    parts = jax.jit(sharded(jax.grad(loss), check_vma=False))(of)  # which JAX's interpreter needs; the kernels do not:
+    sharded = functools.partial(jax.shard_map, in_specs=(dict.fromkeys(of, spec),), out_specs=spec)
+    # without check_vma, which JAX's interpreter needs; the kernels do not:
+    parts = jax.jit(sharded(jax.grad(loss), mesh=mesh, check_vma=False))(of)
     compiled = functools.partial(gpu.attend, mask=mask, **PLAIN)
-    assert jax.eval_shape(sharded(lambda of: compiled(*(of[name] for name in "qkv"))[0]), of).shape == of["q"].shape
+    gpus = mesh.abstract_mesh.update(abstract_device=device("NVIDIA A100"))
+    assert jax.eval_shape(sharded(lambda of: compiled(*(of[name] for name in "qkv"))[0], mesh=gpus), of).shape == of["q"].shape
     for name in of:
         np.testing.assert_allclose(parts[name], expected[name], atol=1e-5)
 
@@ -189,10 +191,12 @@ def test_what_is_not_supported_is_refused_by_name(start):
             gpu.attend(of["q"], of["k"], of["v"], mask, **PLAIN | arguments, interpret=True)
 
 
+def device(kind: str) -> AbstractDevice:
+    return AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+
+
 def meant_for(kind: str):
-    return jax.sharding.use_abstract_mesh(
-        AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=kind, num_cores=None, platform="gpu"))
-    )
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device(kind)))
 
 
 @pytest.mark.parametrize(
