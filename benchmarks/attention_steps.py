@@ -23,11 +23,10 @@ VOCAB = 90  # of lm/stdlib, and less than it has
 
 
 class Step:
-    """A step of a config's first stage from its initial state, with `attention` instead of the config's own."""
+    """A step of a config's first stage from its initial state."""
 
-    def __init__(self, config: str, **attention):
-        loaded = load_config(config)
-        loaded.model.attention.update(attention)
+    def __init__(self, config: str, **values):
+        loaded = load_config(config, **values)
         self.program = compiled(build(loaded).stages[0].learner, None)
         self.state = owned(self.program.init(jax.random.key(0), None), self.program.abstract)
         batch, length = loaded.stream.batch, loaded.stream.length
@@ -49,11 +48,12 @@ def row(work: str, sides: dict[str, Step], same: tuple[str, ...]) -> dict:
 
 
 def main() -> list[dict]:
-    dense = {"implementation": "reference"}
+    dense = {"model__attention__implementation": "reference"}
     stdlib, long = "configs/lm/stdlib.py", "configs/lm/long_context.py"
     sides = {"ours": Step(stdlib), "dense formula": Step(stdlib, **dense)}
     rows = [row("a step of lm/stdlib", sides, same=("dense formula",))]
-    sides = {"ours": Step(long), "all before, ours": Step(long, mask=["full()"]), "dense formula": Step(long, **dense)}
+    all_before = Step(long, model__attention__mask=["full()"])
+    sides = {"ours": Step(long), "all before, ours": all_before, "dense formula": Step(long, **dense)}
     return [*rows, row("a step of lm/long_context", sides, same=("dense formula",))]
 
 
