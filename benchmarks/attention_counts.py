@@ -3,7 +3,7 @@
 From one compiler, for one TPU: the bundles of a grid step that computes, from the schedules, and their sum over all such steps
 (ours has a branch for blocks that are seen in full, counted where all blocks are); the grid points, and those that compute,
 from the lists of blocks; bytes between HBM and VMEM from the index maps, a block being moved where it is another than at the
-grid point before. Lists, which both keep in scalar memory, are words.
+grid point before; the entries of lists, which both keep in scalar memory.
 
 Splash sums the gradient of the queries outside of its kernel, from an array with a part for each block of keys: its bytes have
 that sum in them. Ours sums within, in float32. Ours tells the compiler to leave out bounds checks, splash does not.
@@ -76,7 +76,7 @@ class Moved(NamedTuple):
     grid_points: int
     visited: int  # grid points that compute
     bytes: int
-    words: int
+    entries: int
 
 
 def of_ours(mask: str, backward: bool) -> Moved:
@@ -93,25 +93,27 @@ def of_peer(mask: str, backward: bool) -> Moved:
     lists = splash.splash_attention_mask_info
     if backward:
         info, _ = lists.process_mask_dkv(every, (BLOCK, BLOCK), head_shards=1, q_seq_shards=1, shrink_grid=False)
+        positions = info.q_sequence is not None
         info = [np.asarray(x).transpose(2, 0, 1) for x in (info.data_next, info.block_mask)]  # [keys, heads or 1, queries]
         inner, kind = (np.broadcast_to(x, (x.shape[0], HEADS, x.shape[2])) for x in info)
         outer = np.arange(inner.shape[0])[:, None, None] * HEADS + np.arange(HEADS)[:, None] + np.zeros_like(inner)
         of = np.arange(HEADS)[:, None] + np.zeros_like(inner)
     else:
         info, _ = lists.process_mask(every, (BLOCK, BLOCK), head_shards=1, q_seq_shards=1)
+        positions = info.q_sequence is not None
         shape = (HEADS, *info.data_next.shape[1:])
         inner, kind = (np.broadcast_to(np.asarray(x), shape) for x in (info.data_next, info.block_mask))
         of = np.arange(HEADS)[:, None, None] + np.zeros_like(inner)
         outer = np.arange(HEADS * inner.shape[1]).reshape(HEADS, -1, 1) + np.zeros_like(inner)
     unit, block = jnp.dtype(DTYPE).itemsize, BLOCK * HEAD_DIM
     ends, turns = _changes(outer), _changes(of, inner)
-    if backward:  # by key: k, v, dk, dv; by query: q, do, lse and delta on all sublanes, the queries' positions; parts of dq
-        moved = 4 * ends * unit * block + turns * (2 * unit * block + 3 * SUBLANES * BLOCK * WORD)
+    if backward:  # by key: k, v, dk, dv; by query: q, do, lse and delta on all sublanes, and positions if masked; parts of dq
+        moved = 4 * ends * unit * block + turns * (2 * unit * block + (2 + positions) * SUBLANES * BLOCK * WORD)
         moved += 2 * inner.size * unit * block + HEADS * LENGTH * HEAD_DIM * unit
-    else:  # by query: q, out, lse and the queries' positions on all lanes; by key: k, v
-        moved = ends * (2 * unit * block + 2 * LANES * BLOCK * WORD) + 2 * turns * unit * block
-    words = sum(np.asarray(x).size for x in info[:2]) if backward else 2 * np.asarray(info.data_next).size
-    return Moved(inner.size, int((kind > 0).sum()), int(moved), int(words))
+    else:  # by query: q, out, lse, and positions if masked on all lanes; by key: k, v
+        moved = ends * (2 * unit * block + (1 + positions) * LANES * BLOCK * WORD) + 2 * turns * unit * block
+    entries = sum(np.asarray(x).size for x in info[:2]) if backward else 2 * np.asarray(info.data_next).size
+    return Moved(inner.size, int((kind > 0).sum()), int(moved), int(entries))
 
 
 def _changes(*index: np.ndarray) -> int:
@@ -151,7 +153,7 @@ def described(moved: Moved, each: str, total: int) -> dict[str, Any]:
         "steps": moved.visited,
         "grid points": moved.grid_points,
         "HBM bytes": moved.bytes,
-        "words of lists": moved.words,
+        "entries of lists": moved.entries,
     }
 
 

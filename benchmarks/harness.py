@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def compare(
     that are timed apart. The first side is ours. pause: seconds before each call that is timed, for threads of the side before
     to fall asleep."""
     row: dict[str, Any] = {"work": work, "rounds": rounds, "sides": {}}
+    print(f"{time.strftime('%X')} {work}: {', '.join(sides)}", file=sys.stderr, flush=True)
     first = {name: seconds(call) for name, call in sides.items()}
     for _ in range(warm_up):
         for call in sides.values():

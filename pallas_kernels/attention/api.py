@@ -49,8 +49,8 @@ def sparse_attention(
         arXiv 2305.13245). Sums are float32 at least.
     mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data. One that tells about so
         many positions (`mask.length`), as documents do, takes no longer sequences.
-    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache. A traced
-        one is not checked: queries beyond `mask.length` are seen as its last.
+    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache. An
+        array is not checked: queries beyond `mask.length` are seen as its last.
     score_mod: (score, batch, head, q_index, kv_index) -> score, a function of single scores as FlexAttention takes it: arrays
         [], the score in the dtype of sums, the others int32; differentiated, also by the arrays it closes over. A function is
         known by identity: a new lambda compiles again, as a new Python number for q_offset does, and a traced one does not.

@@ -18,7 +18,8 @@ from research.core.types import Learner
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """FLOPs of `function(*args)`; args may be ShapeDtypeStructs. The longest branch of a cond counts. The body of a while
-    loop counts as often as it runs where that is known without the arguments (attention over lists of blocks), else once."""
+    loop counts as often as it runs where that is known without the arguments (attention over lists of blocks), else once. A
+    Pallas kernel counts what its cost estimate says, or else its body once for each point of its grid."""
     program = jax.make_jaxpr(function)(*args)
     return _of_jaxpr(program.jaxpr, 1, (), trips(program) if _multiplies(program.jaxpr, False) else {})
 
@@ -29,6 +30,8 @@ def _multiplies(jaxpr: Any, in_loop: bool) -> bool:
         name = eqn.primitive.name
         if in_loop and name in ("dot_general", "conv_general_dilated"):
             return True
+        if name == "pallas_call":
+            continue
         if any(_multiplies(inner, in_loop or name == "while") for inner in _inner(eqn.params)):
             return True
     return False
@@ -58,6 +61,10 @@ def _of_equation(eqn: Any, times: int, path: Path, passes: Mapping[Path, int]) -
         return times * 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
     if name == "cond":
         return max(_of_jaxpr(branch, times, path, {}) for branch in _inner(params))
+    if name == "pallas_call":
+        if params["cost_estimate"] is not None:
+            return times * params["cost_estimate"].flops
+        times *= math.prod(params["grid_mapping"].grid)
     times = times * params["length"] if name == "scan" else passes.get(path, times)
     return sum(_of_jaxpr(inner, times, path, passes) for inner in _inner(params))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
 
 from research.core.flops import count_flops, step_flops
 from tests.core import toy
@@ -32,6 +34,16 @@ def test_a_convolution_counts_its_kernel_at_every_output():
 
 def test_a_step_counts_forward_and_backward():
     assert step_flops(toy.learner()) == 2 * (2 * 4 * 3)  # x w, and x^T e: the gradient of x is not needed
+
+
+@pytest.mark.parametrize("estimate, flops", [(None, 6 * 2 * 8**3), (pl.CostEstimate(99, 0, 0), 99)])
+def test_a_pallas_kernel_counts_every_point_of_its_grid_or_what_it_says(estimate, flops):
+    def body(x, out):
+        out[...] = x[...] @ x[...]
+
+    whole = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    kernel = pl.pallas_call(body, grid=(2, 3), out_shape=whole, cost_estimate=estimate)
+    assert count_flops(kernel, whole) == flops
 
 
 def test_a_custom_derivative_is_counted_once():

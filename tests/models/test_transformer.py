@@ -133,7 +133,10 @@ def test_scanned_layers_are_the_same_function_as_written_out_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads_scanned, grads)
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "layers": 4}], ids=["written out", "scanned"])
+SCANNED = pytest.param({"scan_layers": True, "layers": 4}, id="scanned", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [pytest.param({}, id="written out"), SCANNED])
 def test_a_step_of_gradient_descent_is_differentiated(options):
     """Reverse over reverse: of MAML, and of hypergradients."""
 

@@ -50,7 +50,15 @@ def near(got, expected, most):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=most * max(1, np.abs(b).max())), got, expected)
 
 
-@pytest.mark.parametrize("mask, causal", [*((mask, True) for mask in SHARED + APART), (SHARED[3], False), (SHARED[4], False)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "mask, causal",
+    [(SHARED[0], True), (SHARED[2], True), (APART[0], True), (SHARED[4], False), slow(SHARED[1], True), slow(SHARED[3], True),
+     slow(SHARED[4], True), slow(APART[1], True), slow(SHARED[3], False)],
+)  # fmt: skip
 def test_the_chosen_implementation_equals_the_reference_in_values_and_gradients(mask, causal):
     f, g = layer(mask, causal), layer(mask, causal, implementation="reference")
     variables = f.init(KEY)
@@ -83,7 +91,7 @@ def test_a_gradient_step_is_differentiated():
     near(after_a_step(layer(mask)), after_a_step(layer(mask, implementation="reference")), GRADIENTS)
 
 
-@pytest.mark.parametrize("mask", [SHARED[1], SHARED[2], APART[0]])
+@pytest.mark.parametrize("mask", [SHARED[2], slow(SHARED[1]), slow(APART[0])])
 def test_members_of_a_population_are_computed_as_one_by_one(mask):
     f = layer(mask)
     several = jax.vmap(f.init)(jax.random.split(KEY, 2))
@@ -124,18 +132,18 @@ def decoded(f, variables, x, sizes, context):
 MASKS = [
     ("full()", "context", 20),
     ("window(3, 0)", "window", 4),
-    ("window(0, 0)", "window", 1),
-    ("window(19, 0)", "context", 20),
-    ("window(3, 2) & strided(2)", "window", 4),
-    ("dilated(2, 0, 3)", "window", 7),
-    ("window(3, 0) | window(5, 0)", "window", 6),
+    slow("window(0, 0)", "window", 1),
+    slow("window(19, 0)", "context", 20),
+    slow("window(3, 2) & strided(2)", "window", 4),
+    slow("dilated(2, 0, 3)", "window", 7),
+    slow("window(3, 0) | window(5, 0)", "window", 6),
     ("window(3, 0) | global_tokens(2)", "context", 20),
-    ("window(3, 0) | global_tokens([1, 7])", "context", 20),
-    ("~window(3, 0) | window(0, 0)", "context", 20),
-    ("document([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2])", "context", 20),
+    slow("window(3, 0) | global_tokens([1, 7])", "context", 20),
+    slow("~window(3, 0) | window(0, 0)", "context", 20),
+    slow("document([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2])", "context", 20),
     ("per_head(full(), window(3, 0), prefix(2), strided(3))", "context", 20),
-    ("window(5, 0) & per_head(full(), window(3, 0), prefix(2), strided(3))", "context", 20),
-    ("bigbird(0, 2, 20, count=1)", "context", 20),
+    slow("window(5, 0) & per_head(full(), window(3, 0), prefix(2), strided(3))", "context", 20),
+    slow("bigbird(0, 2, 20, count=1)", "context", 20),
 ]
 
 

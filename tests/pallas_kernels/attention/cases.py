@@ -70,6 +70,8 @@ CASES: dict[str, Case] = {
     "window": Case(["window", 9, 0], kv_heads=1),
     "window to both sides": Case(["window", 5, 20], kv_heads=4, lse=False),
     "window without end": Case(["window", None, 3], scale=0.7),
+    "a band of square blocks": Case(["window", 20, 0], kv_heads=1, blocks=(8, 8)),
+    "a band to both sides": Case(["window", 9, 12], kv_len=75, sinks=True, mod="learned", blocks=(8, 8)),
     "prefix": Case([OR, CAUSAL, ["prefix", 13]]),
     "block window": Case(["block_window", 6, 2, 1]),
     "documents": Case([AND, CAUSAL, ["document", IDS]]),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # what the races are told by
+from jax.experimental.pallas import tpu as pltpu
 
-from tests.pallas_kernels.attention.cases import CASES, Case
+from pallas_kernels.attention import api, gpu, tpu
+from pallas_kernels.attention.block_mask import inner
+from tests.pallas_kernels.attention.cases import Case, mask_of
 
 # Cases whose like is among the others, as far as implementations go: they differ in masks, which other tests look at.
 ALIKE = (
@@ -16,24 +21,85 @@ ALIKE = (
     "global tokens", "first tokens global", "random blocks by head", "by head and document", "complement", "blocks",
     "segments mixed", "selected", "129 and 127", "fewer queries", "alibi",
 )  # fmt: skip
-FEW = ("causal", "by head", "fewer keys, nothing seen", "everything", "traced offsets", "selected by key head")
 
 
 class Checked(NamedTuple):
-    """cases: the names of those that are run (those that are ALIKE in slow tests). adapted: a case as the implementation can
-    take it, with other blocks, say. context: what a call is made in, an interpreter. properties: whether what JAX does to
-    functions is checked too."""
+    """adapted: a case as the implementation can take it. context: what a call is made in, an interpreter. kernel: whether it is
+    interpreted, which is slow, so that its tests here are; what is quick stands beside its other tests. properties: whether
+    what JAX does to functions is checked here too."""
 
-    cases: Iterable[str] = tuple(CASES)
     adapted: Callable[[Case], Case] = lambda case: case
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    kernel: bool = False
     properties: bool = True
 
 
-REFERENCE = Checked()  # the reference itself, held against the oracle
-CHECKED: dict[str, Checked] = {"xla": Checked()}
+def for_kernels(case: Case) -> Case:
+    """A score_mod there closes over no arrays, and masks that hold arrays have lists that are known."""
+    if case.mod == "learned":
+        case = case._replace(mod="alibi")
+    if not inner(mask_of(case)).analytic:
+        case = case._replace(traced=False, offset=case.offset[:1], segments=None)
+    return case
 
-ALL = ("reference", *CHECKED)
+
+# Memory that nobody wrote is NaN, and a read out of bounds an error. Copies get their entry of the race detector's clocks by
+# lot: with the two that it has by default, two copies always seem ordered.
+TPU = pltpu.InterpretParams(
+    uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True, vector_clock_size=64
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Any]]:
+    """What the race detector found, a state a kernel: the interpreter forgets one's when the next starts. Raises AssertionError
+    at the end if any kernel raced."""
+    found: list[Any] = []
+    make = interpreter.RaceDetectionState
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        found.append(make(*args, **kwargs))
+        return found[-1]
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter, "RaceDetectionState", kept)
+            yield found
+        assert not any(state.races_found for state in found), "a kernel raced"
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+@contextlib.contextmanager
+def on_tpu() -> Iterator[None]:
+    with watched() as kernels, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(api.IMPLEMENTATIONS, "tpu", functools.partial(tpu.attend, interpret=TPU))
+        yield
+        assert kernels, "no kernel was watched"
+
+
+@contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(api.IMPLEMENTATIONS, "gpu", functools.partial(gpu.attend, interpret=True))
+        yield
+
+
+REFERENCE = Checked()  # the reference itself, held against the oracle
+CHECKED: dict[str, Checked] = {
+    "xla": Checked(),
+    "tpu": Checked(for_kernels, on_tpu, kernel=True, properties=False),
+    "gpu": Checked(for_kernels, on_gpu, kernel=True, properties=False),
+}
+KERNELS = [name for name, checked in CHECKED.items() if checked.kernel]
+
+
+def slow(name: str) -> Any:
+    return pytest.mark.slow if name in KERNELS else ()
+
+
+EACH = [pytest.param(name, marks=slow(name)) for name in CHECKED]
+ALL = ["reference", *EACH]
 
 
 def of(implementation: str) -> Checked:

@@ -130,6 +130,7 @@ def test_keys_that_are_not_finite_give_no_gradient_to_queries_that_do_not_see_th
         np.testing.assert_allclose(got[name], wanted[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_jax_does_to_functions():
     """vmap, checkpoint, a mesh over batch and heads; and the same bits every time."""
     of = operands(33, 33, batch=2, heads=2, kv_heads=2)

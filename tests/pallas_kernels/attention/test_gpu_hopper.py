@@ -65,6 +65,7 @@ def plainly(mask, **arguments):
     return call
 
 
+@pytest.mark.slow
 def test_values_and_gradients_round_as_plain_jaxs():
     of, mask = operands(128, 128, heads=2), BLOCKS(masks.window(70, 40), 128, 128)
     as_plain(results(of_kernel(mask), of), results(plainly(mask), of), exact(mask, of))
@@ -81,7 +82,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("selected blocks, a row without any", "more tiles than stages, other values, softcap and sink")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
 def test_values_are_the_references(name):
     sizes, mask, arguments = CASES[name]
     of = operands(*sizes)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from tests.pallas_kernels.attention import cases
 from tests.pallas_kernels.attention.cases import CASES, CAUSAL, KERNEL, Case
-from tests.pallas_kernels.attention.implementations import ALIKE, ALL, CHECKED, of
+from tests.pallas_kernels.attention.implementations import ALIKE, ALL, CHECKED, EACH, KERNELS, of, slow
 from tests.pallas_kernels.attention.strategies import calls
 from tests.pallas_kernels.kernel_base import (
     Results,
@@ -39,9 +39,9 @@ def adapted(implementation: str, name: str) -> tuple[Case, Results]:
 
 
 def on_cases():
-    for implementation, checked in CHECKED.items():
-        for name in checked.cases:
-            yield pytest.param(implementation, name, marks=pytest.mark.slow if name in ALIKE else ())
+    for implementation in CHECKED:
+        for name in CASES:
+            yield pytest.param(implementation, name, marks=pytest.mark.slow if name in ALIKE else slow(implementation))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_references(implementation, name):
         equals(KERNEL, case, implementation, expected)
 
 
-@pytest.mark.parametrize("implementation", CHECKED)
+@pytest.mark.parametrize("implementation", EACH)
 def test_with_all_of_the_compilers_optimizations_too(implementation):
     case, expected = adapted(implementation, "everything")
     with CHECKED[implementation].context():
@@ -159,21 +159,30 @@ def test_who_sees_nothing_gets_nothing_and_gives_nothing(implementation):
 # Cases that hypothesis makes.
 
 
-@settings(max_examples=6)
-@given(case=calls())
-@pytest.mark.parametrize("implementation", CHECKED)
-def test_what_hypothesis_makes_equals_the_definition(implementation, case):
+def equals_the_definition(implementation, case):
     with CHECKED[implementation].context():
         case = CHECKED[implementation].adapted(case)
         equals_oracle(KERNEL, case, results(cases.call(case, implementation), cases.arrays(case)))
+
+
+@settings(max_examples=6)
+@given(case=calls())
+def test_what_hypothesis_makes_equals_the_definition(case):
+    equals_the_definition("xla", case)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @settings(max_examples=150)
 @given(case=calls())
-@pytest.mark.parametrize("implementation", CHECKED)
-def test_much_of_what_hypothesis_makes_equals_the_definition(implementation, case):
-    with CHECKED[implementation].context():
-        case = CHECKED[implementation].adapted(case)
-        equals_oracle(KERNEL, case, results(cases.call(case, implementation), cases.arrays(case)))
+def test_much_of_what_hypothesis_makes_equals_the_definition(case):
+    equals_the_definition("xla", case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=25)
+@given(case=calls())
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_what_hypothesis_makes_equals_the_definition_in_kernels(implementation, case):
+    equals_the_definition(implementation, case)

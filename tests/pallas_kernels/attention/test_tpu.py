@@ -13,12 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import SelectedBlocks, block_mask, masks, reference, tpu, tpu_backward
 from pallas_kernels.attention.lists import Segments
+from tests.pallas_kernels.attention.implementations import TPU, watched
 
-# Copies get their entry of the race detector's clocks by lot: with the two that it has by default, two copies always seem
-# ordered.
-INTERPRET = pltpu.InterpretParams(
-    uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True, vector_clock_size=64
-)
 DEFAULTS = {"q_offset": 0, "score_mod": None, "segment_ids": None, "sinks": None, "softcap": None, "scale": 0.3}
 
 
@@ -58,14 +54,15 @@ def pulled(attend, arrays, cotangents, mask, traced, fixed):
 
 def assert_same(mask, arrays, cotangents, forward=2e-5, gradient=1e-4, traced=(), **fixed):
     traced = dict(traced)
-    got = pulled(functools.partial(tpu.attend, interpret=INTERPRET), arrays, cotangents, mask, traced, fixed)
+    with watched() as kernels:
+        got = pulled(functools.partial(tpu.attend, interpret=TPU), arrays, cotangents, mask, traced, fixed)
+        jax.block_until_ready(got)
+        assert len(kernels) == 2  # forward and backward
     wanted = pulled(reference.attend, arrays, cotangents, mask, traced, fixed)
-    jax.block_until_ready(got)
     for name, one, other in zip(("out", "lse"), got, wanted):
         np.testing.assert_allclose(np.float32(one), np.float32(other), atol=forward, rtol=forward, err_msg=name)
     for one, other in zip(jax.tree.leaves(got[2]), jax.tree.leaves(wanted[2])):
         np.testing.assert_allclose(np.float32(one), np.float32(other), atol=gradient, rtol=gradient)
-    assert not interpreter.races.races_found
     return got
 
 
@@ -91,6 +88,7 @@ def test_rows_that_see_nothing_and_keys_that_nobody_sees():
     assert not np.isnan(out).any() and (np.asarray(lse)[:, :12] == -np.inf).all()
 
 
+@pytest.mark.slow
 def test_a_key_that_is_not_finite_spoils_those_who_see_it():
     (q, k, v), cotangents = operands(32, 32)
     for spoilt in ((k.at[:, 20, 0, 3].set(-jnp.inf), v), (k, v.at[:, 3, 0, 1].set(jnp.inf))):
@@ -120,6 +118,7 @@ def test_segments_skip_blocks():
     assert_same(block_mask(masks.causal(), 32, 32, 16, 16), arrays, cotangents, traced={"segment_ids": Segments(ids, ids)})
 
 
+@pytest.mark.slow
 def test_an_offset_that_is_data():
     arrays, cotangents = operands(8, 32, batch=2)
     mask = block_mask(masks.window(12, 0), 8, 32, 8, 16)
@@ -140,6 +139,7 @@ def test_selected_blocks():
     assert_same(mask, arrays, cotangents)
 
 
+@pytest.mark.slow
 def test_queries_in_two_blocks_come_by_again_and_again():
     arrays, cotangents = operands(32, 64)
     assert_same(block_mask(masks.full(), 32, 64, 16, 16), arrays, cotangents)
@@ -153,7 +153,7 @@ def test_bfloat16():
 
 def test_what_is_not_supported_names_the_argument():
     (q, k, v), _ = operands(32, 32)
-    call = functools.partial(tpu.attend, interpret=INTERPRET, **DEFAULTS)
+    call = functools.partial(tpu.attend, interpret=TPU, **DEFAULTS)
     table = masks.random_blocks(0, 4, 2, 32)
     slopes = jnp.ones(2)
     for name, arguments in {
@@ -167,6 +167,7 @@ def test_what_is_not_supported_names_the_argument():
             call(*arguments[0], **{**DEFAULTS, **arguments[1]})
 
 
+@pytest.mark.slow
 def test_vmap():
     (q, k, v), _ = operands(16, 16, batch=2, heads=1)
     mask = block_mask(masks.causal(), 16, 16, 16, 16)
@@ -177,14 +178,14 @@ def test_vmap():
 
         return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, 0, None)))(q, k, v[0])
 
-    for one, other in zip(gradients(functools.partial(tpu.attend, interpret=INTERPRET)), gradients(reference.attend)):
+    for one, other in zip(gradients(functools.partial(tpu.attend, interpret=TPU)), gradients(reference.attend)):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
 def racing(monkeypatch, name, method):
     """Whether the race detector finds one with a method of the accumulator replaced. Copies are made as they are started: by
     default the interpreter makes them when they are waited for, and these never would be."""
-    eager = dataclasses.replace(INTERPRET, dma_execution_mode="eager")
+    eager = dataclasses.replace(TPU, dma_execution_mode="eager")
     jax.clear_caches()
     monkeypatch.setattr(tpu_backward._Accumulator, name, method)
     arrays, cotangents = operands(32, 48)
@@ -195,6 +196,7 @@ def racing(monkeypatch, name, method):
     return found
 
 
+@pytest.mark.slow
 def test_the_detector_is_quiet_with_eager_copies(monkeypatch):
     assert not racing(monkeypatch, "start", tpu_backward._Accumulator.start)
 

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +34,7 @@ def looped(one):
     return lambda *arguments: jax.lax.map(lambda each: one(*each), arguments)
 
 
+@pytest.mark.slow
 @with_properties
 def test_vmap_over_everything_is_a_loop(implementation):
     """Also over what is data: segments, offsets, selected blocks, sinks."""
