@@ -50,7 +50,11 @@ def steps(task, batch, layout):
     return np.asarray(total / jnp.broadcast_to(weight, total.shape))
 
 
-@pytest.mark.parametrize("made", [language, lambda: language(scan_layers=True, ngrams=[], copy=False, attention=DENSE), images])
+def scanned():
+    return language(scan_layers=True, ngrams=[], copy=False, attention=DENSE)
+
+
+@pytest.mark.parametrize("made", [language, images, pytest.param(scanned, marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(made):
     task, batch = made()
     alone = steps(task, batch, None)

@@ -80,7 +80,10 @@ def test_decoding_in_pieces_equals_reading_at_once(rope_base, kv_heads, mask, qk
     [
         {"mask": (SLIDING, GLOBAL), "conv": 3, "ngrams": [2, 3], "induction": [1, 2], "copy": True, "embed_norm": True,
          "qk_norm": 3.0},
-        {"mask": (SLIDING, SINKING), "scan_layers": True, "layers": 4, "kv_heads": 2, "tie_embeddings": True, "norm": "layer"},
+        pytest.param(
+            {"mask": (SLIDING, SINKING), "scan_layers": True, "layers": 4, "kv_heads": 2, "tie_embeddings": True,
+             "norm": "layer"}, marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_decoding_token_by_token_equals_reading_at_once_with_everything_on(options):

@@ -76,6 +76,7 @@ def test_in_bfloat16_the_output_is_float32_and_near():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1 * np.abs(b).max()), low_slopes, exact_slopes)
 
 
+@pytest.mark.slow
 def test_a_gradient_step_is_differentiated():
     """Reverse over reverse, as MAML and hypergradients do, of the layer's parameters before a step of gradient descent."""
     mask = SHARED[2]
@@ -101,7 +102,7 @@ def test_members_of_a_population_are_computed_as_one_by_one(mask):
         near(both[i], run(jax.tree.map(lambda x, i=i: x[i], several)), VALUES)
 
 
-@pytest.mark.parametrize("mask", [SHARED[2], APART[0]])
+@pytest.mark.parametrize("mask", [SHARED[2], slow(APART[0])])
 def test_a_mesh_splits_the_batch_and_nothing_gathers_it(mask):
     f, x = layer(mask), inputs(batch=8)
     variables = f.init(KEY)

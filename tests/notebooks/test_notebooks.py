@@ -18,10 +18,8 @@ def test_a_notebook_is_stored_without_outputs(path):
         assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None)
 
 
-RUN = [pytest.param(path, id=path.stem, marks=() if path.stem == "tour" else pytest.mark.slow) for path in NOTEBOOKS]
-
-
-@pytest.mark.parametrize("path", RUN)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path):
     notebook = nbformat.read(path, 4)
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(REPO)}}).execute()

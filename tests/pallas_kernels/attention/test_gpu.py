@@ -27,6 +27,10 @@ NAMES = (
     "selected, segments and sinks",
 )  # fmt: skip
 
+LONG = (
+    "window", "by head", "bigbird", "127 and 129", "segments of other keys", "sinks", "traced offsets", "selected by key head",
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
@@ -54,7 +58,7 @@ def compared(mask, of, **arguments):
     return run(gpu.attend, interpret=True), run(reference.attend)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in NAMES])
 def test_values_and_gradients_are_the_references(name):
     equals_reference(CASES[name])
 
@@ -79,6 +83,7 @@ def test_a_negative_scale():
     same_results(*compared(block_mask(masks.causal(), 40, 40, 16, 16), operands(40, 40), scale=-0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(CAUSAL, q_len=129, kv_len=129, q_heads=2, d_qk=32, d_v=32, lse=False)])
 def test_bfloat16_is_at_most_twice_as_far_from_the_truth_as_jaxs_own(case):
     attention = functools.partial(jax.nn.dot_product_attention, is_causal=True)

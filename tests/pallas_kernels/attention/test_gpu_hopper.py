@@ -82,7 +82,8 @@ CASES = {
 }  # fmt: skip
 
 
-LONG = ("selected blocks, a row without any", "more tiles than stages, other values, softcap and sink")
+LONG = ("selected blocks, a row without any", "more tiles than stages, other values, softcap and sink",
+        "ragged, at an offset, rows that see nothing")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])

@@ -70,6 +70,7 @@ def tilted(score, batch, head, q_index, kv_index):
     return score * (1 + 0.1 * head) - 0.05 * jnp.abs(q_index - kv_index)
 
 
+@pytest.mark.slow
 def test_grouped_heads_ragged_lengths_and_two_head_dims():
     arrays, cotangents = operands(19, 27, batch=2, heads=4, kv_heads=2, d=8, d_v=12)
     assert_same(block_mask(masks.causal() | masks.prefix(5), 19, 27, 16, 16), arrays, cotangents)
@@ -80,6 +81,7 @@ def test_blocks_of_the_table():
     assert_same(masks.window(20, 3), arrays, cotangents)
 
 
+@pytest.mark.slow
 def test_rows_that_see_nothing_and_keys_that_nobody_sees():
     (q, k, v), cotangents = operands(32, 32)
     k, v = k.at[:, 30].set(jnp.nan), v.at[:, 31].set(jnp.inf)
@@ -95,17 +97,20 @@ def test_a_key_that_is_not_finite_spoils_those_who_see_it():
         assert_same(block_mask(masks.causal(), 32, 32, 16, 16), (q, *spoilt), cotangents)
 
 
+@pytest.mark.slow
 def test_sinks_and_softcap():
     arrays, cotangents = operands(32, 32)
     mask = block_mask(masks.causal() & ~masks.prefix(10), 32, 32, 16, 16)
     assert_same(mask, arrays, cotangents, traced={"sinks": jnp.array([0.5, -1.0])}, softcap=1.5)
 
 
+@pytest.mark.slow
 def test_score_mod():
     arrays, cotangents = operands(24, 32)
     assert_same(block_mask(masks.causal(), 24, 32, 16, 16), arrays, cotangents, score_mod=tilted, softcap=2.0, scale=-0.2)
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_looked_up():
     arrays, cotangents = operands(32, 32)
     mask = masks.causal() & (masks.random_blocks(3, 4, 3, 32, heads=2) | masks.window(2, 0))
@@ -125,6 +130,7 @@ def test_an_offset_that_is_data():
     assert_same(mask, arrays, cotangents, traced={"q_offset": jnp.array([3, 20])})
 
 
+@pytest.mark.slow
 def test_one_query_against_a_cache():
     # the queries of a group are rows of one block
     arrays, cotangents = operands(1, 200, batch=2, heads=4, kv_heads=2)
