@@ -3,7 +3,7 @@
 Ours is what `sparse_attention` chooses here. Where both sides compute the same, outputs (and gradients, where they are timed)
 agree before anything is timed: to 2e-5 of the largest for values, 1e-4 for gradients. Both sides may use the processors that
 this process may. Before each call there is a pause, since threads of one side wait busily for a while after their work and
-would take the processors of the other. A window of 512 is the query's own key and 511 before. FlexAttention has no backward.
+would take the processors of the other. A window of 512 is the query's own key and 511 before. FlexAttention: forward alone.
 `gnomon bench attention_counts` sets ours beside JAX's splash attention on a TPU, `attention_steps` in whole training steps.
 """
 

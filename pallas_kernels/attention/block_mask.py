@@ -263,6 +263,13 @@ def own_blocks(mask: Mask | BlockMask | SelectedBlocks) -> Blocks | None:
     return Blocks(sizes.q_block, sizes.kv_block)
 
 
+def as_block_mask(
+    mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, q_offset: int, heads: int = 0, batch: int = 0
+) -> BlockMask:
+    """The mask itself where it has blocks that are known, else that of `sizes`, without regard to what is selected."""
+    return mask if isinstance(mask, BlockMask) else block_mask(inner(mask), *sizes, q_offset=q_offset, heads=heads, batch=batch)
+
+
 def block_lists(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q_heads: int, q_offset: Any,
                 segments: Segments | None) -> BlockLists:  # fmt: skip
     """The lists of a call, by query block. `transposed` gives those by key block.
@@ -273,9 +280,7 @@ def block_lists(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: in
     if isinstance(mask, SelectedBlocks):
         lists = mask.lists(batch, q_heads, sizes, q_offset)
     elif isinstance(q_offset, int):
-        if isinstance(mask, Mask):
-            mask = block_mask(mask, *sizes, q_offset=q_offset, heads=q_heads, batch=batch)
-        lists = mask.lists
+        lists = as_block_mask(mask, sizes, q_offset, q_heads, batch).lists
     else:
         lists = all_blocks(inner(mask), sizes, q_heads, batch, q_offset)
     return lists if segments is None else within_segments(lists, segments, sizes)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask, inner
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, as_block_mask, block_lists, inner
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments, Sizes
 
 MOST_PAIRS = 1 << 30  # in the partial blocks of a mask that has to be spelt out: each is asked for once, here
@@ -54,9 +54,7 @@ def blocked(mask: Mask | BlockMask | SelectedBlocks, sizes: Sizes, batch: int, q
         return Blocked(block_lists(mask, sizes, batch, q_heads, q_offset, segments), None, None, asked)
     if not isinstance(q_offset, int):
         raise NotImplementedError("q_offset: traced, beside a mask that looks at arrays")
-    static = mask
-    if not isinstance(mask, BlockMask):
-        static = block_mask(asked, *sizes, q_offset=q_offset, heads=q_heads, batch=batch)
+    static = as_block_mask(mask, sizes, q_offset, q_heads, batch)
     patterns, which = _bitmaps(static)
     if isinstance(mask, SelectedBlocks) or segments is not None:
         lists = block_lists(mask, sizes, batch, q_heads, q_offset, segments)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_common as common
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, block_lists, block_mask, inner, own_blocks
+from pallas_kernels.attention.block_mask import SelectedBlocks, as_block_mask, block_lists, inner, own_blocks
 from pallas_kernels.attention.blocks import block_sizes
 from pallas_kernels.attention.lists import BlockLists, Segments, Sizes, transposed
 from pallas_kernels.attention.score_mod import refuse_arrays
@@ -48,9 +48,9 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     if scale <= 0:  # scores are compared before they are scaled
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     sizes = _sizes(mask, q, k, v, interpret)
-    lists, layouts, looked_up, fold = _lists(mask, sizes, q, kv_heads, q_offset, segment_ids)
     if not interpret:
         dispatch.check_platform("tpu")
+    lists, layouts, looked_up, fold = _lists(mask, sizes, q, kv_heads, q_offset, segment_ids)
     call = Call(
         batch=b, heads=h // fold, kv_heads=kv_heads, fold=fold, forward=sizes.forward, backward=sizes.backward,
         mask=None if looked_up else inner(mask), score_mod=score_mod, softcap=softcap, scale=scale,
@@ -118,8 +118,7 @@ def _lists(mask: Any, sizes: Passes, q, kv_heads: int, q_offset: Any, segments: 
             lists = transposed(lists, cut.columns)
         which = patterns = None
         if looked_up:
-            own = mask if isinstance(mask, BlockMask) else block_mask(inner(mask), *cut, q_offset=q_offset, heads=h, batch=b)
-            patterns, which = common.looked_up(own, lists, bool(by_key))
+            patterns, which = common.looked_up(as_block_mask(mask, cut, q_offset, h, b), lists, bool(by_key))
         if group > 1 and lists.row.shape[1] == h and _grouped(mask, lists, which, group):
             lists = BlockLists(*(x[:, ::group] for x in lists))
             which = None if which is None else which[:, ::group]

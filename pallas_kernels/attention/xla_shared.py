@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import xla_tiles as tiles
-from pallas_kernels.attention.block_mask import BlockMask, block_mask
+from pallas_kernels.attention.block_mask import as_block_mask
 from pallas_kernels.attention.lists import Sizes
 from pallas_kernels.attention.xla_pieces import (
     Piece,
@@ -35,8 +35,7 @@ ROWS = 2  # steps of a loop that are beside each other
 
 
 def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, ...]:
-    listed = call.listed
-    blocks = listed if isinstance(listed, BlockMask) else block_mask(listed, *sizes, q_offset=call.q_offset)
+    blocks = as_block_mask(call.listed, sizes, call.q_offset)
     scores = heads * sizes.q_block * sizes.kv_block
     return plan(blocks, by_key, max(1, AT_ONCE // scores), BAND // scores)
 

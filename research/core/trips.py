@@ -81,12 +81,14 @@ def _scan(params: dict[str, Any], got: list[Any], path: Path) -> tuple[list[Any]
     jaxpr, split = params["jaxpr"], params["num_consts"]
     width = params["num_carry"]
     consts, start, every = got[:split], got[split : split + width], got[split + width :]
-    first = [None if x is None else x[0] for x in every]
 
     def run(carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], dict[Path, Any]]:
         return _run(jaxpr.jaxpr, jaxpr.consts, [*consts, *carry, *x], path)
 
-    known = _stays(lambda carry: run(carry, first)[0][:width], start) if params["length"] else [False] * width
+    known = [False] * width
+    if params["length"]:
+        first = [None if x is None else x[0] for x in every]
+        known = _stays(lambda carry: run(carry, first)[0][:width], start)
 
     def step(carry: list[Any], x: list[Any]) -> Any:
         out, counts = run(carry, x)

@@ -55,6 +55,7 @@ COUNTED = {
     "nested": (nested, 12),
     "halved": (halved, 5),
     "of data": (of_data, 2),
+    "of no steps": (lambda x: jax.lax.scan(lambda x, n: (times(n, x), None), x, jnp.zeros(0, int))[0], 0),
     "an end that becomes data": (one_known_too_late, 7),
     "mapped": (lambda x: jax.lax.map(over_list, jnp.stack([x, x])), 12),
     "in the longest branch of a cond": (lambda x: jax.lax.cond(x[0, 0] > 0, halved, lambda x: x, x), 1),
