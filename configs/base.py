@@ -15,7 +15,19 @@ def base() -> ConfigDict:
             "checkpoint": {"every": 0, "keep_latest": 2, "keep_best": 0, "best": "", "mode": "min"},
             "early_stopping": {"metric": "", "patience": 0, "mode": "min"},  # patience 0: never
             "warm_start": {"workdir": "", "rename": []},  # rename=["pattern->replacement"]
-            "mesh": {"data": 1, "fsdp": 1},  # sizes; one may be -1
-            "rules": {"batch": ["data", "fsdp"], "embed": ["fsdp"]},  # logical name -> mesh axes
+            # Sizes of the mesh's axes; one may be -1, for all devices that are left.
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "pipeline": 1, "population": 1},
+            # Logical name of a dimension -> the mesh axes that it is laid over; docs/meshes.md has the picture.
+            "rules": {
+                "batch": ["data", "fsdp"],
+                "length": ["sequence"],
+                "embed": ["fsdp"],
+                "mlp": ["tensor"],
+                "heads": ["tensor"],
+                "kv_heads": ["tensor"],
+                "vocab": ["tensor"],
+                "layers": ["pipeline"],
+                "population": ["population"],
+            },
         }
     )

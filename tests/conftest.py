@@ -5,8 +5,10 @@ The environment variables are for the processes that tests start, too; the devic
 
 from __future__ import annotations
 
+import gc
 import os
 
+gc.set_threshold(100_000, 50, 1000)  # traces and compiled programs are many long-lived objects: by default a fifth of the time
 os.environ["JAX_PLATFORMS"] = "cpu"
 for name in ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEFAULT_MATMUL_PRECISION"):
     os.environ.pop(name, None)

@@ -1,14 +1,18 @@
 """Logical axis names to mesh axes. The only module that knows a mesh axis by name.
 
-A `Layout` is a mesh and the table `{logical name: mesh axis or axes}`. Where an array's named dimension is laid over mesh axes
-it must divide by their sizes; what cannot work is refused in one line before anything compiles.
+A `Layout` is a mesh and the table `{logical name: mesh axes}`. Where an array's named dimension is laid over mesh axes it must
+divide by their sizes; what cannot work is refused in one line before anything compiles.
+
+`entered(layout)` makes it the one in use. Within, activations are laid out by `constrained`, and a layer whose algorithm is a
+collective asks `axes_of` a logical name which mesh axes it is to talk over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +22,19 @@ from research.core.names import suggestion
 from research.core.tree import joined, map_with_path
 from research.core.types import Tree
 
-AXES = ("data", "fsdp")
-RULES: Mapping[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "embed": ("fsdp",)}
+# Outermost first: neighbors on the last axis are neighbors in the machine, where talk is most and dearest.
+AXES = ("population", "pipeline", "data", "fsdp", "sequence", "tensor")
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": ("pipeline",),
+    "population": ("population",),
+}
 
 
 class Layout(NamedTuple):
@@ -85,7 +100,7 @@ def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = R
         for axis in over:
             if axis not in AXES:
                 raise ValueError(f"mesh rule {name!r}: no mesh axis {axis!r}; allowed: {', '.join(AXES)}")
-    sizes, devices = dict(sizes), jax.devices()
+    sizes, devices = {axis: sizes[axis] for axis in AXES if axis in sizes}, jax.devices()
     open_axes = [a for a, n in sizes.items() if n == -1]
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(open_axes) > 1 or any(n != -1 and n < 1 for n in sizes.values()):
@@ -104,6 +119,63 @@ def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = R
     return Layout(mesh, {k: tuple(v) for k, v in rules.items()})
 
 
-def entered(layout: Layout | None) -> contextlib.AbstractContextManager:
-    """The one ambient context of the project: `jax.set_mesh` where there is a mesh."""
-    return contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh)
+_IN_USE: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def entered(layout: Layout | None) -> Iterator[None]:
+    """The one ambient context of the project: the layout is in use, and its mesh is `jax.set_mesh`'s, where there is one."""
+    token = _IN_USE.set(layout)
+    try:
+        with contextlib.nullcontext() if layout is None else jax.set_mesh(layout.mesh):
+            yield
+    finally:
+        _IN_USE.reset(token)
+
+
+def _free(layout: Layout) -> dict[str, int]:
+    """The mesh axes that a layer may still talk or lay out over, with their sizes: within `jax.shard_map` not those it took."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    return {a: n for a, n in layout.mesh.shape.items() if n > 1 and a not in taken}
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The mesh axes that the layout in use lays the logical `name` over; () without one, or where they are of size 1, or within
+    a `jax.shard_map` that took them."""
+    layout = _IN_USE.get()
+    if layout is None:
+        return ()
+    free = _free(layout)
+    return tuple(a for a in layout.rules.get(name, ()) if a in free)
+
+
+def size_of(axes: Sequence[str]) -> int:
+    """How many devices lie along these mesh axes of the layout in use."""
+    layout = _IN_USE.get()
+    return math.prod(layout.mesh.shape[a] for a in axes) if layout else 1
+
+
+def spec_of(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """How the layout in use cuts an activation: the first of two dimensions that want one mesh axis has it, and a dimension that
+    does not divide is left whole, since both are matters of time and memory only."""
+    used: set[str] = set()
+    out: list[Any] = []
+    for name, size in zip(names, shape, strict=True):
+        over = tuple(a for a in (axes_of(name) if name else ()) if a not in used)
+        over = over if size % size_of(over) == 0 else ()
+        used |= set(over)
+        out.append(over or None)
+    return PartitionSpec(*out)
+
+
+def constrained(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out by the logical names of its dimensions as the layout in use says; `x` itself without one.
+
+    Raises ValueError where there are not as many names as dimensions.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"constrained: {len(names)} axis names {names} for a shape {x.shape}")
+    layout = _IN_USE.get()
+    if layout is None or not _free(layout):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape))

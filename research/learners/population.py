@@ -11,6 +11,7 @@ import optax
 
 from research.core.axes import POPULATION
 from research.core.contracts import abstract_key, check_variables
+from research.core.mesh import axes_of
 from research.core.names import choose, suggestion
 from research.core.tree import Path, joined, leaves_with_paths, map_with_path
 from research.core.types import Batch, Example, Key, Learner, Metrics, State, Tree, Variables
@@ -54,7 +55,6 @@ def population(
     *,
     method: str = "vmap",
     frozen: str = "shared",
-    mesh_axis: str | None = None,
 ) -> Learner:
     """`n` members of one learner, on the same batches, each from its own key.
 
@@ -65,16 +65,13 @@ def population(
     vary: {name: n values} of a hyperparameter, the leaf of the State whose last key is `name`, such as "learning_rate" of
         `optax.inject_hyperparams`; with further keys before it where the last is not unique ("generator/learning_rate").
     method: "vmap", or "map", which needs the memory of one member's step and is as fast where one fills the machine.
-    mesh_axis: the mesh axis over which "population" is laid, if any. Without it a `shard_map` or a sharding constraint within
-        the task makes every device compute all members.
+    Where the mesh in use lays "population" over one of its axes, each device computes its own members.
 
     Raises ValueError: n below 1, an unknown choice, a hyperparameter that is not there, not unique, or of another shape.
     """
     if n < 1:
         raise ValueError(f"population: n={n}; allowed: 1 or more")
     choose(METHODS, method, "population: method")
-    if method == "map" and mesh_axis is not None:
-        raise ValueError(f'population: method="map" takes one member after another; mesh_axis={mesh_axis!r} needs "vmap"')
     groups = lanes(frozen)
     single = jax.eval_shape(learner.init, abstract_key())
     lane = {name: None if name == "step" else groups["frozen"] if name == "frozen" else 0 for name in single}
@@ -94,8 +91,9 @@ def population(
 
     def step(state: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
         if method == "vmap":
-            together = jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=mesh_axis)
-            return together(state, batch, keys(key))
+            # Unless it is told, a shard_map or a sharding constraint within the task makes every device compute all members.
+            over = axes_of(POPULATION) or None
+            return jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=over)(state, batch, keys(key))
         shared = {name: x for name, x in state.items() if lane[name] is None}
 
         def one(member):
@@ -111,7 +109,11 @@ def population(
         return jax.vmap(learner.variables, (lane,), groups, axis_size=n)(state)
 
     def lifted(apply):
-        return jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=mesh_axis)
+        def each(variables, inputs, key):
+            over = axes_of(POPULATION) or None
+            return jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=over)(variables, inputs, key)
+
+        return each
 
     abstract = jax.eval_shape(lambda key: variables(init(key)), abstract_key())
     methods = {name: m._replace(apply=lifted(m.apply)) for name, m in learner.methods.items()}

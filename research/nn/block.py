@@ -9,12 +9,12 @@ import jax
 from flax import nnx
 
 from pallas_kernels.attention.algebra import Mask
+from research.core.mesh import constrained
 from research.core.names import choose
 from research.nn import checks
 from research.nn.attention import Attention, AttentionConfig
 from research.nn.conv import ShortConv
 from research.nn.functional import Layer
-from research.nn.layout import constrain
 from research.nn.mlp import MLPS, feed_forward
 from research.nn.norms import NORMS
 
@@ -63,7 +63,7 @@ class Block(Layer):
         y = y if self.conv is None else self.conv(y)
         x = x_BxTxC + self._dropped(self.attention(y))
         x = x + self._dropped(self.mlp(self.mlp_norm(x)))
-        return constrain(x, "batch", "length", "embed")
+        return constrained(x, "batch", "length", "embed")
 
     def cache_specs(self, batch: int, context: int) -> dict[str, Any]:
         cache: dict[str, Any] = {"attention": self.attention.cache_specs(batch, context)}

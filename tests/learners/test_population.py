@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from research.core import contracts
+from research.core.mesh import entered, make_layout
 from research.core.types import Aux
 from research.estimates import accumulated, sharpness_aware
 from research.learners import average, gradient, population
@@ -173,10 +174,6 @@ def test_a_hyperparameter_may_be_named_by_keys_before_it():
             "population: method='vmapp' is unknown; allowed: map, vmap; nearest: 'vmap'",
         ),
         (lambda: population(LEARNER, 2, frozen="each"), "population: frozen='each' is unknown; allowed: own, shared"),
-        (
-            lambda: population(LEARNER, 2, method="map", mesh_axis="population"),
-            'population: method="map" takes one member after another',
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(make, said):
@@ -203,26 +200,22 @@ def summed_by_hand():
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 simulated devices (jax_num_cpu_devices)")
 def test_laid_over_a_mesh_axis_each_device_computes_its_own_members_alone():
-    """Inside a shard_map jax cannot know by itself that the vmapped axis is laid over the mesh."""
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((2, 2), ("population", "data"), axis_types=auto * 2, devices=jax.devices()[:4])
-    names = {"population": "population", "batch": "data"}
-
-    def sharding(axes):
-        return jax.NamedSharding(mesh, jax.P(*(names.get(a) for a in axes)))
-
+    """Inside a shard_map jax cannot know by itself that the vmapped axis is laid over the mesh: the layout in use says so."""
+    flops, results = {}, {}
     plain = population(gradient(TASK, optax.sgd(0.1)), 2)
-    start, flops, results = started(plain), {}, {}
-    with jax.set_mesh(mesh):
-        for axis in (None, "population"):
-            many = population(gradient(summed_by_hand(), optax.sgd(0.1)), 2, mesh_axis=axis)
-            states = jax.tree.map(sharding, many.axes)
-            batch = jax.device_put(a_batch(), jax.tree.map(lambda s: sharding(s.axes), many.batch))
-            # scale and bias, which the sum by hand leaves out, are 1 and 0 here
-            state = jax.device_put({**start, "frozen": {"scale": jnp.ones(3)}}, states)
+    start = started(plain)
+    for over in ((), ("population",)):
+        layout = make_layout({"population": 2, "data": 2}, {"population": over, "batch": ("data",)})
+        laid = make_layout({"population": 2, "data": 2}, {"population": ("population",), "batch": ("data",)})
+        # scale and bias, which the sum by hand leaves out, are 1 and 0 here
+        whole = {**start, "frozen": {"scale": jnp.ones(3)}}
+        with entered(layout):
+            many = population(gradient(summed_by_hand(), optax.sgd(0.1)), 2)
+            states = laid.shardings(many.axes, whole, "state")
+            state, batch = jax.device_put(whole, states), jax.device_put(a_batch(), layout.batch_shardings(many.batch))
             step = jax.jit(many.step, out_shardings=(states, None)).lower(state, batch, KEY).compile()
-            flops[axis], results[axis] = step.cost_analysis()["flops"], step(state, batch, KEY)[0]
+            flops[over], results[over] = step.cost_analysis()["flops"], step(state, batch, KEY)[0]
     expected = stepped(plain, {**start, "frozen": {"scale": jnp.ones(3)}}, a_batch())[0]
     for result in results.values():
         close(result["params"]["linear"]["kernel"], expected["params"]["linear"]["kernel"])
-    assert flops["population"] < 0.8 * flops[None]
+    assert flops[("population",)] < 0.8 * flops[()]
