@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update({"width": 64, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 16, "mlp_width": 128})
         config.model.update({"context": 512, "ngram_bits": 10, "ngram_width": 16, "induction": [3, 6], "dtype": "float32"})
         config.stream = {"batch": 8, "length": 64}
-        config.optimizer.schedule = {"name": "wsd", "warmup": 2, "decay": 0.5}
+        config.optimizer.update({"dtype": "float32", "schedule": {"name": "wsd", "warmup": 2, "decay": 0.5}})
         config.train.update({"steps": 24, "log_every": 4})
         config.evaluate.update({"every": 0, "batch": 16, "length": 512, "context": 0})
         config.sample.tokens = 100

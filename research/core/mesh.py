@@ -37,11 +37,29 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+class Pipeline(NamedTuple):
+    """How layers that the mesh axes of "layers" cut into stages run one behind another; research/nn/pipeline.py does it.
+
+    schedule: a name in its SCHEDULES. microbatches: into how many a batch is cut. groups: of layers a device. remat: keep only
+    the inputs of stages for the backward pass.
+    """
+
+    schedule: str = "gpipe"
+    microbatches: int = 4
+    groups: int = 1
+    remat: bool = True
+
+
 class Layout(NamedTuple):
-    """A mesh and which of its axes each logical name is laid over."""
+    """A mesh, which of its axes each logical name is laid over, and how layers run that are laid over some."""
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
+    pipeline: Pipeline = Pipeline()
+
+    def parts(self, name: str) -> int:
+        """How many devices the logical `name` is laid over."""
+        return math.prod(self.mesh.shape.get(a, 1) for a in self.rules.get(name, ()))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], what: str) -> PartitionSpec:
         """The PartitionSpec of an array called `what`. ValueError names the array, the dimension and the axis."""
@@ -88,7 +106,9 @@ class Layout(NamedTuple):
         return jax.tree.map(place, tree)
 
 
-def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = RULES) -> Layout | None:
+def make_layout(
+    sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = RULES, pipeline: Pipeline = Pipeline()
+) -> Layout | None:
     """A Layout over the first prod(sizes) devices; one size may be -1 (all that are left). None where every size is 1.
 
     Raises ValueError on an unknown axis, or sizes that the devices at hand cannot make up.
@@ -116,7 +136,7 @@ def make_layout(sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = R
         return None
     # Auto axes: under Explicit ones, the default of jax.make_mesh, embedding look-ups raise.
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total])
-    return Layout(mesh, {k: tuple(v) for k, v in rules.items()})
+    return Layout(mesh, {k: tuple(v) for k, v in rules.items()}, pipeline)
 
 
 _IN_USE: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -155,9 +175,15 @@ def size_of(axes: Sequence[str]) -> int:
     return math.prod(layout.mesh.shape[a] for a in axes) if layout else 1
 
 
+def pipeline_in_use() -> Pipeline:
+    """How layers run that the layout in use lays over mesh axes."""
+    layout = _IN_USE.get()
+    return layout.pipeline if layout else Pipeline()
+
+
 def spec_of(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """How the layout in use cuts an activation: the first of two dimensions that want one mesh axis has it, and a dimension that
-    does not divide is left whole, since both are matters of time and memory only."""
+    """How the layout in use cuts an activation: of two dimensions that want one mesh axis the first has it, and a dimension that
+    does not divide is left whole. Both are matters of time and memory only."""
     used: set[str] = set()
     out: list[Any] = []
     for name, size in zip(names, shape, strict=True):

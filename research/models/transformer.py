@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from pallas_kernels.attention.algebra import Mask
+from research.core.mesh import constrained
 from research.nn import checks, stack
 from research.nn.attention import AttentionConfig
 from research.nn.block import Block, BlockConfig
@@ -48,7 +49,8 @@ class Transformer(Layer):
     def _embedded(self, tokens_BxT: jax.Array, recalled: Recalled | None) -> jax.Array:
         x = self.embed(tokens_BxT)
         x = x if recalled is None else x + recalled.embedding
-        return x if self.embed_norm is None else self.embed_norm(x)
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        return constrained(x, "batch", "length", "embed")
 
     def _hidden(self, tokens_BxT: jax.Array) -> tuple[jax.Array, Recalled | None]:
         recalled = None if self.history is None else self.history(tokens_BxT)

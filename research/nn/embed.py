@@ -5,8 +5,15 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from research.core.mesh import constrained
 from research.nn.functional import Layer, param
 from research.nn.products import matmul
+
+
+def looked_up(table_VxC: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table: int32 [...] -> [..., width]. Each device has its rows of the table in full first: a table cut by columns
+    would give rows cut by columns, which then had to change places with all devices."""
+    return constrained(table_VxC, "vocab", None)[index]
 
 
 class Embed(Layer):
@@ -16,7 +23,7 @@ class Embed(Layer):
         self.table = param(jax.random.normal(rngs.params(), (vocab, width)) * scale, "vocab", "embed")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.table[...][tokens]
+        return looked_up(self.table[...], tokens)
 
     def logits(self, x: jax.Array, dtype: str) -> jax.Array:
         """The same table as output layer: [..., width] -> [..., vocab]."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.nn.embed import looked_up
 from research.nn.functional import Layer, param
 from research.nn.linear import Linear, per_channel
 from research.nn.ngrams import hashes
@@ -61,7 +62,7 @@ class InductionEmbed(Layer):
         self.orders = tuple(orders)
 
     def __call__(self, followed_BxTxN: jax.Array) -> jax.Array:
-        return sum(self.tables[str(n)][...][followed_BxTxN[..., i]] for i, n in enumerate(self.orders))
+        return sum(looked_up(self.tables[str(n)][...], followed_BxTxN[..., i]) for i, n in enumerate(self.orders))
 
 
 class CopyHead(Layer):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.nn.embed import looked_up
 from research.nn.functional import Layer, param
 from research.nn.linear import Linear
 
@@ -38,7 +39,7 @@ class NGramEmbed(Layer):
 
     def __init__(self, orders: Sequence[int], bits: int, inner: int, width: int, *, dtype: str, rngs: nnx.Rngs):
         def table() -> nnx.Param:
-            return param(jax.random.normal(rngs.params(), (1 << bits, inner)) * 0.1, "vocab", None)
+            return param(jax.random.normal(rngs.params(), (1 << bits, inner)) * 0.1, "vocab", "embed")
 
         self.tables = nnx.Dict({str(n): table() for n in orders})
         self.project = Linear(len(orders) * inner, width, (None, "embed"), dtype=dtype, rngs=rngs)
@@ -46,5 +47,5 @@ class NGramEmbed(Layer):
 
     def __call__(self, codes_BxT: jax.Array) -> jax.Array:
         rows = [(hashes(codes_BxT, n) >> (32 - self.bits)).astype(jnp.int32) for n in self.orders]
-        found = [self.tables[str(n)][...][row] for n, row in zip(self.orders, rows, strict=True)]
+        found = [looked_up(self.tables[str(n)][...], row) for n, row in zip(self.orders, rows, strict=True)]
         return self.project(jnp.concatenate(found, axis=-1))
