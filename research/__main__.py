@@ -10,6 +10,7 @@ from research.core.names import suggestion
 
 VERBS = {
     "train": "train what a config says",
+    "launch": "run one of these in several processes",
     "evaluate": "measure a trained run again",
     "sample": "draw from a trained run",
     "reproduce": "run a paper's experiment and compare with what it published",

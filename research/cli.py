@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
+from research.core import processes
 from research.core.checkpoint import CheckpointError
 from research.core.config import ConfigError
 from research.core.interrupts import Interrupted
@@ -52,8 +55,12 @@ def one_line_errors(verb: str) -> Iterator[None]:
         yield
     except Interrupted as error:
         code, line = error.code, f"ended by {error}; the same command starts again from what was saved"
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, processes.PeerError) as error:
         code, line = FAILED, str(error)
+    except jax.errors.JaxRuntimeError as error:
+        if (told := processes.loss_of_peer(error)) is None:
+            raise
+        code, line = processes.LOST, told
     except OSError as error:
         if error.filename is None and error.errno is None and not _ours(error):
             raise
@@ -64,7 +71,9 @@ def one_line_errors(verb: str) -> Iterator[None]:
             raise
         code, line = BAD_INPUT, str(error)
     if code is not None:
-        print(f"gnomon {verb}: {line}", file=sys.stderr)
+        print(f"gnomon {verb}: {line}", file=sys.stderr, flush=True)
+        if processes.count() > 1:
+            processes.end(code)
         raise SystemExit(code)
 
 

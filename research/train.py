@@ -6,6 +6,7 @@ The same command again goes on with an interrupted run; on a finished one it sho
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -17,10 +18,10 @@ import jax
 import numpy as np
 
 from research import cli
-from research.core import loop, preflight
+from research.core import loop, preflight, processes
 from research.core.batches import from_function
 from research.core.checkpoint import Checkpoints
-from research.core.config import load_config, parse_overrides, split_name
+from research.core.config import find, flat, load_config, parse_overrides, split_name
 from research.core.flops import step_flops
 from research.core.hooks import JsonLines
 from research.core.interrupts import interrupts
@@ -29,8 +30,8 @@ from research.core.memory import keep_freed_memory
 from research.core.progress import Progress, measured_matmul_peak
 from research.core.report import write_report
 from research.core.tensorboard import TensorBoard
-from research.core.types import Stage
-from research.core.workdir import FINISHED, OVERFIT, Workdir, plain_config
+from research.core.types import Stage, Variables
+from research.core.workdir import FINISHED, OVERFIT, Workdir, package_versions, plain_config
 from research.dry_run import described
 from research.experiment import Experiment, Table, Text, build, members_of, run
 from research.intervals import t_interval
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
     keep_freed_memory()
     with cli.one_line_errors("train"), interrupts(raising=True):
+        processes.join()
         overrides = parse_overrides(rest)
         if args.seeds < 1:
             raise ValueError(f"--seeds {args.seeds}: 1 or more are wanted")
@@ -85,10 +87,12 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         print(described(build(config, args.config)))
         return 0
     given = plain_config(config) | ({OVERFIT: True} if args.overfit_one_batch else {})
+    if processes.count() > 1:
+        processes.check_same(started_with(given, args.config))
     workdir = Workdir.create(path, given, args.resume, args.overwrite)
     if workdir.status == FINISHED:
-        print(f"{path} is finished; --overwrite runs it anew")
-        print(cli.table(results_table(workdir.summary())))
+        say(f"{path} is finished; --overwrite runs it anew")
+        say(cli.table(results_table(workdir.summary())))
         return 0
     experiment = build(config, args.config)
     if args.overfit_one_batch:
@@ -106,24 +110,25 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         workdir.begin()
         outcome, seconds = trained(experiment, workdir)
         if outcome.reason == INTERRUPTED:
-            print(f"interrupted at step {int(outcome.state['step'])}: saved in {path}; the same command goes on")
+            say(f"interrupted at step {int(outcome.state['step'])}: saved in {path}; the same command goes on")
             return 0
         if outcome.reason != loop.FINISHED:
-            print(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
+            say(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
         finish(experiment, workdir, outcome, seconds)
     folder = shlex.quote(str(path))
     sampling = (
         f"; more samples: gnomon sample --config {shlex.quote(args.config)} --workdir {folder}" if experiment.sample else ""
     )
-    print(f"see {path / 'report.html'}; curves: tensorboard --logdir {folder}{sampling}")
+    say(f"see {path / 'report.html'}; curves: tensorboard --logdir {folder}{sampling}")
     return 0
 
 
 def trained(experiment: Experiment, workdir: Workdir) -> tuple[Outcome, float]:
     """Runs the experiment's stages in a workdir that has begun; (how it ended, wall seconds with those of earlier starts)."""
     lines = JsonLines(workdir.metrics_path)
-    history = [make(str(workdir.metrics_path)) for make in experiment.history_hooks]
-    hooks = [lines, TensorBoard(workdir.events_path), *history, progress(experiment)]
+    hooks = [make(str(workdir.metrics_path)) for make in experiment.history_hooks]
+    if processes.index() == 0:
+        hooks = [lines, TensorBoard(workdir.events_path), *hooks, progress(experiment)]
     checkpoints = Checkpoints(workdir.checkpoints_path, **experiment.checkpoints)
     try:
         outcome = run(experiment, hooks=hooks, checkpoints=checkpoints)
@@ -147,8 +152,19 @@ def progress(experiment: Experiment) -> Progress:
 
 
 def finish(experiment: Experiment, workdir: Workdir, outcome: Outcome, seconds: float) -> None:
-    """Shows what the run came to, and writes report.html and, last, summary.json."""
+    """Shows what the run came to, and writes report.html and, last, summary.json; the tables and samples by process 0, of
+    variables that it has been given whole."""
     variables = experiment.stages[-1].learner.variables(outcome.state)
+    if processes.count() > 1 and experiment.closing:
+        variables = jax.tree.map(processes.on_host, variables)
+    if processes.index() == 0:
+        show(experiment, workdir, outcome, variables)
+    summary = workdir.finish(outcome.results, outcome.state, seconds)
+    say(cli.table(results_table(summary)))
+
+
+def show(experiment: Experiment, workdir: Workdir, outcome: Outcome, variables: Variables) -> None:
+    """Prints the closing tables and samples, and writes them and report.html."""
     key = jax.random.key(experiment.seed)
     if experiment.closing:
         print("making the closing tables and samples")
@@ -162,8 +178,21 @@ def finish(experiment: Experiment, workdir: Workdir, outcome: Outcome, seconds: 
     events.evaluated(step, "closing", {item.title: item.body for item in samples})
     events.close()
     write_report(workdir.path, outcome.results, tables=tables, samples=samples)
-    summary = workdir.finish(outcome.results, outcome.state, seconds)
-    print(cli.table(results_table(summary)))
+
+
+def say(text: str) -> None:
+    """Prints in process 0; the others would say the same."""
+    if processes.index() == 0:
+        print(text)
+
+
+def started_with(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run: the config, by key, and the versions and contents of what runs."""
+    versions = {f"version of {package}": version for package, version in package_versions().items()}
+    packages = [cli.PACKAGE, cli.PACKAGE.parent / "pallas_kernels"]
+    code = {f"code of {package.name}": processes.code_sha256(package) for package in packages}
+    file = {"config file": hashlib.sha256(find(name).read_bytes()).hexdigest()}
+    return {f"config.{key}": value for key, value in flat(config)} | versions | code | file
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:

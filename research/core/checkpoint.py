@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.core import files, storage
+from research.core import files, processes, storage
 from research.core.storage import CheckpointError, state_sha256
 from research.core.types import State, Tree
 
@@ -54,6 +54,17 @@ class _Entry(NamedTuple):
     frozen_leaves: storage.Description
 
 
+def _shared(name: str, find: Callable[[], Saved | None]) -> Saved | None:
+    """What process 0 finds, in every process."""
+
+    def found() -> list[Any] | None:
+        saved = find()
+        return None if saved is None else [*saved[:-1], str(saved.path)]
+
+    told = processes.first(name, found, CheckpointError)
+    return None if told is None else Saved(told[0], told[1], told[2], told[3], Path(told[4]))
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -62,7 +73,8 @@ class Checkpoints:
         the `keep_best` best are kept whatever their age. A metric with a value a member counts by its mean; a save without
         the metric, or with NaN or an infinity in it, is never a best one.
     read_only: for a run that another process may be writing; nothing is renamed or cleaned.
-    One process at a time writes (`research.core.workdir` holds the lock). Not for several threads.
+    One run at a time writes (`research.core.workdir` holds the lock). Not for several threads. Of a run of several processes
+    each one calls every method: all write and read arrays in the one folder; what else there is to do, process 0 does.
     """
 
     def __init__(
@@ -109,11 +121,9 @@ class Checkpoints:
         frozen = {"frozen": state["frozen"]}
         rest = {group: tree for group, tree in state.items() if group != "frozen"}
         frozen_leaves = storage.describe(frozen)
-        entries = self._entries()
         meta = {
             "stage": stage,
             "step": step,
-            "order": 1 + max((entry.order for entry in entries), default=-1),
             "position": position,
             "metrics": files.plain(metrics or {}),
             "leaves": storage.describe(rest),
@@ -121,11 +131,15 @@ class Checkpoints:
         }
         files.json_bytes(meta)  # what is no JSON is refused here, not in the background
         partial = self.directory / f"{_PARTIAL}{name}"
-        try:
+
+        def begin() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            wait = storage.write(rest, partial / "state")
+
+        try:
+            processes.first("begin", begin, CheckpointError)
+            wait = processes.everywhere("write", lambda: storage.write(rest, partial / "state"))
             frozen_copy = storage.on_host(frozen) if jax.tree.leaves(frozen) else None
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -135,20 +149,25 @@ class Checkpoints:
 
     def _finish(self, partial: Path, name: str, wait: Callable[[], None], meta: dict[str, Any], frozen: Tree | None) -> None:
         try:
-            wait()
-            meta["frozen"] = None if frozen is None else self._store_frozen(frozen, meta["frozen_leaves"])
-            files.write_whole(partial / "meta.json", files.json_bytes(meta, indent=None))
-            files.seal(partial)
-            final, replaced = self.directory / name, self.directory / f"{_REPLACED}{name}"
-            if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            files.sync_directory(self.directory)
-            self._retain()
+            processes.everywhere("written", wait)
+            processes.first("place", lambda: self._place(partial, name, meta, frozen), CheckpointError)
         except BaseException as error:  # raised by the next poll, save, wait or close
             self._error = storage.failure(error, self.directory / name)
             self._error.__cause__ = error
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _place(self, partial: Path, name: str, meta: dict[str, Any], frozen: Tree | None) -> None:
+        """What process 0 does alone, when all have written their parts."""
+        meta["order"] = 1 + max((entry.order for entry in self._entries()), default=-1)
+        meta["frozen"] = None if frozen is None else self._store_frozen(frozen, meta["frozen_leaves"])
+        files.write_whole(partial / "meta.json", files.json_bytes(meta, indent=None))
+        files.seal(partial)
+        final, replaced = self.directory / name, self.directory / f"{_REPLACED}{name}"
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        files.sync_directory(self.directory)
+        self._retain()
 
     def _store_frozen(self, frozen: Tree, leaves: storage.Description) -> str:
         digest = hashlib.sha256(files.json_bytes(leaves) + storage.state_sha256(frozen).encode()).hexdigest()
@@ -156,7 +175,7 @@ class Checkpoints:
         if not final.exists():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            storage.write(frozen, partial / "arrays")()
+            storage.write(frozen, partial / "arrays", alone=True)()
             files.seal(partial)
             final.parent.mkdir(exist_ok=True)
             partial.rename(final)
@@ -189,6 +208,9 @@ class Checkpoints:
         """
         self.wait()
         self._recover()
+        return _shared("latest", self._latest)
+
+    def _latest(self) -> Saved | None:
         found = self._first_intact(lambda entries: sorted(entries, key=lambda entry: -entry.order))
         damaged = [path.name for path in self._folders() if path.name.startswith(_DAMAGED) or _NAME.fullmatch(path.name)]
         if found is None and damaged:
@@ -199,9 +221,12 @@ class Checkpoints:
         """The best intact checkpoint of the last stage that has the metric; None if none has it. Otherwise as `latest`."""
         self.wait()
         self._recover()
+        return _shared("best", self._best)
+
+    def _best(self) -> Saved | None:
         found = self._first_intact(self._ranked)
         if found is None:
-            self.latest()
+            self._latest()  # raises where nothing is intact
         return found
 
     def load(self, saved: Saved, abstract: Tree | None = None) -> State:
@@ -212,7 +237,7 @@ class Checkpoints:
         """
         self.wait()
         entry = self._entry(saved.path)
-        problem = entry if isinstance(entry, str) else self._damage(entry)
+        problem = processes.first("intact", lambda: entry if isinstance(entry, str) else self._damage(entry))
         if isinstance(entry, str) or problem is not None:
             raise CheckpointError(f"checkpoint {saved.path.name} is damaged: {problem}")
         where = f"checkpoint {saved.path}"
@@ -233,14 +258,16 @@ class Checkpoints:
 
     def _recover(self) -> None:
         """Once, before anything is read or written: throws away what a killed process left unfinished."""
-        if self._recovered:
-            return
+        if not self._recovered:
+            processes.first("recover", self._clean, CheckpointError)
+            self._recovered = True
+
+    def _clean(self) -> None:
         for path in self._folders():
             if path.name.startswith(_REPLACED) and not (kept := self.directory / path.name.removeprefix(_REPLACED)).exists():
                 path.rename(kept)
             elif path.name.startswith((_PARTIAL, _REPLACED, _DELETED)):
                 shutil.rmtree(path)
-        self._recovered = True
 
     def _entry(self, path: Path) -> _Entry | str:
         """What is saved in `path`, or why that cannot be told."""

@@ -9,6 +9,7 @@ import jax
 
 from research.core.batches import prefetched
 from research.core.mesh import Layout
+from research.core.placement import onto, replicated
 from research.core.types import Batch, Evaluation, Evaluator, Key, Variables
 
 
@@ -16,15 +17,15 @@ def evaluator_run(evaluation: Evaluation, layout: Layout | None = None) -> Calla
     """(variables, key) -> {name: value}: every batch once, compiled at the first call and kept. Batch i is given
     `fold_in(key, i)`. Raises ValueError where there is no batch."""
     evaluator, batches, _ = evaluation
-    update = jax.jit(evaluator.update, donate_argnums=0)
+    update = jax.jit(evaluator.update, donate_argnums=0, out_shardings=None if layout is None else layout.replicated)
 
     def put(batch: Batch) -> Batch:
-        return jax.device_put(batch) if layout is None else jax.device_put(batch, layout.replicated)
+        return jax.device_put(batch) if layout is None else onto(batch, layout.replicated)
 
     def run(variables: Variables, key: Key) -> Mapping[str, Any]:
         stats, count = jax.tree.map(jax.numpy.asarray, evaluator.init()), 0
         if layout is not None:
-            stats, variables = layout.placed((stats, variables))
+            stats, variables = replicated((stats, variables), layout)
         drawn = prefetched(put(batch) for batch in iter(batches.open()))
         try:
             for count, batch in enumerate(drawn, 1):

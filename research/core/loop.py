@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from research.core import contracts, metrics
+from research.core import contracts, metrics, placement
 from research.core.batches import calls, open_at, prefetched
 from research.core.checkpoint import Checkpoints, Saved
 from research.core.evaluate import evaluator_run
+from research.core.halting import agreed
 from research.core.hooks import Hook
 from research.core.interrupts import interrupts
 from research.core.mesh import Layout, entered
@@ -39,8 +39,8 @@ class Program(NamedTuple):
     """A learner, compiled for one device or for a mesh.
 
     init: (key, variables or None) -> State. step: (state, batches with a leading axis of steps, their number, key) -> (State,
-    metrics stacked over steps), the state's buffers donated. put: host batches of one call to the device. abstract: the State
-    to be, with its shardings.
+    metrics stacked over steps), the state's buffers donated. put: host batches of one call, whole in every process, to the
+    devices. abstract: the State to be, with its shardings.
     """
 
     init: Callable[[Key, Variables | None], State]
@@ -68,7 +68,7 @@ def compiled(learner: Learner, layout: Layout | None) -> Program:
     if layout is None:
         return Program(jax.jit(begin), jax.jit(steps, static_argnums=2, donate_argnums=0), jax.device_put, abstract)
     states, whole = layout.shardings(learner.axes, abstract, "state"), layout.replicated
-    stacked = jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), layout.batch_shardings(learner.batch))
+    stacked = placement.stacked(layout.batch_shardings(learner.batch))
     return Program(
         jax.jit(begin, out_shardings=states),
         jax.jit(
@@ -78,7 +78,7 @@ def compiled(learner: Learner, layout: Layout | None) -> Program:
             in_shardings=(states, stacked, whole),
             out_shardings=(states, whole),
         ),
-        lambda batches: jax.device_put(batches, stacked),
+        lambda batches: placement.onto(batches, stacked),
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, states),
     )
 
@@ -130,17 +130,20 @@ def train(
 
     with entered(mesh), interrupts() as interrupted, contextlib.ExitStack() as closing:
         program = compiled(learner, mesh)
-        variables = mesh.placed(variables) if mesh else variables
+        variables = placement.replicated(variables, mesh)
         state = owned(program.init(k_init, variables) if state is None else state, program.abstract)
         results: dict[str, Any] = {}
+        halting = agreed(interrupted)
         step, seen, stop = int(state["step"]), [], None
         measured = {name: evaluator_run(e, mesh) for name, e in evaluations.items()}
         guard = Replay(learner, k_run, replay)
         guard.anchor(state)
 
+        share = placement.share_of(batches, learner.batch, mesh, program.put)
+
         def put(stacked):
-            contracts.check_batch(stacked, learner.batch, batches.fingerprint, leading=1)
-            return program.put(stacked)
+            contracts.check_batch(stacked, share.specs, batches.fingerprint, leading=1)
+            return share.put(stacked)
 
         def evaluate(names, state):
             fresh: dict[str, Any] = {}
@@ -159,7 +162,7 @@ def train(
             for hook in hooks:
                 hook.saved(step)
 
-        drawn = prefetched(calls(open_at(batches, step, place and place["batches"]), step, steps, steps_per_call, put))
+        drawn = prefetched(calls(open_at(share.batches, step, place and place["batches"]), step, steps, steps_per_call, put))
         closing.callback(drawn.close)
         for hook in hooks:
             closing.callback(hook.close)
@@ -182,7 +185,7 @@ def train(
             last = step == steps
             due = [name for name, e in evaluations.items() if last or (e.every and step % e.every == 0)]
             saving = checkpoints and (last or (checkpoints.every and step % checkpoints.every == 0))
-            halt = interrupted.is_set()
+            halt = halting()
             if last or step % log_every == 0 or due or saving or halt:
                 host = metrics.stack_on_host(seen)
                 guard.check(host, step)  # before anything is evaluated, saved or called best

@@ -20,7 +20,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.core.names import suggestion
 from research.core.tree import joined, map_with_path
-from research.core.types import Tree
 
 # Outermost first: neighbors on the last axis are neighbors in the machine, where talk is most and dearest.
 AXES = ("population", "pipeline", "data", "fsdp", "sequence", "tensor")
@@ -94,16 +93,6 @@ class Layout(NamedTuple):
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
-
-    def placed(self, tree: Tree) -> Tree:
-        """The tree, leaves that lie elsewhere copied to every device of the mesh; those on it stay as they are laid out."""
-        devices = set(self.mesh.devices.flat)
-
-        def place(x: Any) -> jax.Array:
-            here = isinstance(x, jax.Array) and x.sharding.device_set == devices
-            return x if here else jax.device_put(x, self.replicated)
-
-        return jax.tree.map(place, tree)
 
 
 def make_layout(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from research.core.processes import on_host
 from research.core.tree import joined, leaves_with_paths
 from research.core.types import Key, Learner, State
 
@@ -25,7 +26,7 @@ class NonFiniteError(ArithmeticError):
 def _bad(x: Any) -> str | None:
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    x = np.asarray(x).astype(np.float64)
+    x = on_host(x).astype(np.float64)
     return "NaN" if np.isnan(x).any() else "infinity" if np.isposinf(x).any() else None
 
 

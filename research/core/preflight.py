@@ -8,6 +8,7 @@ from research.core import contracts
 from research.core.checkpoint import CheckpointError, Checkpoints
 from research.core.loop import check_periods, compiled, resumed
 from research.core.mesh import Layout, entered
+from research.core.placement import check_spanned
 from research.core.types import Evaluation, Stage
 
 
@@ -26,6 +27,7 @@ def check(
     changed: how the config differs from that of the run that is to go on, if it does: then its checkpoint is read, and refused
     with these words where it does not fit.
     """
+    check_spanned(mesh)
     for stage in stages:
         check_periods(stage.steps, steps_per_call, log_every, checkpoints.every, evaluations)
         contracts.check_batch(next(stage.batches.open()), stage.learner.batch, stage.batches.fingerprint)

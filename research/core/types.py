@@ -155,11 +155,14 @@ class Batches(NamedTuple):
     fingerprint: names source, order and batching; saved beside a position and compared when one is restored.
     position: step -> state of an iterator that has given `step` batches; None if there is no such short cut, and then a
         position is reached by drawing and dropping.
+    rows: (start, stop) -> the same, each batch holding these rows only, with positions and fingerprint of the whole; None where
+        a batch can be made only whole.
     """
 
     open: Callable[[], BatchIterator]
     fingerprint: str
     position: Callable[[int], Mapping[str, Any]] | None = None
+    rows: Callable[[int, int], Batches] | None = None
 
 
 class Stage(NamedTuple):

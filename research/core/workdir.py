@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from research.core import files
+from research.core import files, processes
 from research.core.checkpoint import CheckpointError, Checkpoints, Saved, state_sha256
 from research.core.config import flat
 from research.core.hooks import Series, read_series
@@ -102,12 +102,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def package_versions() -> dict[str, str | None]:
+    """Of Python and of the packages whose version a run may depend on."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
+
+
 def versions() -> dict[str, Any]:
     """What this process runs on, as versions.json holds it. Asks jax for its devices, so the backend is chosen by then."""
     kinds = [device.device_kind for device in jax.devices()]
     return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
+        **package_versions(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "devices": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
@@ -146,7 +150,8 @@ def _locked(path: Path) -> int:
 
 
 class Workdir:
-    """A folder that one run, of one process at a time, may write. `create` judges it; nothing is made before `begin`.
+    """A folder that one run at a time may write. `create` judges it; nothing is made before `begin`. Of several processes of a
+    run each calls every method, and process 0 alone looks and writes.
 
     path: absolute. status: NEW, UNFINISHED (a run that goes on) or FINISHED. changed: how the config differs from that of the
     run that goes on, as `differences` says it.
@@ -170,6 +175,11 @@ class Workdir:
         Raises ValueError, one line.
         """
         path, given = Path(path).absolute(), plain_config(config)
+        return cls(path, given, *processes.first("workdir", lambda: cls._judged(path, given, resume, overwrite)))
+
+    @staticmethod
+    def _judged(path: Path, given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[str, list[str], bool]:
+        """(status, changed, whether what is there is to be replaced)."""
         if resume and overwrite:
             raise ValueError(f"workdir {path}: resume and overwrite were both asked for; allowed: one of them")
         if path.exists() and not path.is_dir():
@@ -178,12 +188,12 @@ class Workdir:
         if (path / _LOCK).exists():
             os.close(_locked(path / _LOCK))
         if not held:
-            return cls(path, given, NEW, [], overwrite)
+            return NEW, [], overwrite
         if "config.json" not in held:
             listed = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
             raise ValueError(f"workdir {path} holds no run but is not empty ({listed}); allowed: a new or empty folder")
         if overwrite or not _trained(path):
-            return cls(path, given, NEW, [], overwrite=True)
+            return NEW, [], True
         changed = differences(read_json(path / "config.json"), given)
         if changed and not resume:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -192,13 +202,16 @@ class Workdir:
                 "allowed: --resume, --overwrite, another --workdir"
             )
         finished = not changed and (path / "summary.json").exists()
-        return cls(path, given, FINISHED if finished else UNFINISHED, changed, overwrite)
+        return FINISHED if finished else UNFINISHED, changed, overwrite
 
     def begin(self) -> None:
         """Makes the folder, locks it, and writes config.json and versions.json. To be called when everything else is ready.
 
         Raises ValueError (one line) where another process writes here, or the folder cannot be made.
         """
+        processes.first("workdir", self._begin)
+
+    def _begin(self) -> None:
         try:
             self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
@@ -258,7 +271,7 @@ class Workdir:
             "wall_seconds": round(seconds, 3),
             "state_sha256": state_sha256(state),
         }
-        files.write_whole(self.path / "summary.json", files.json_bytes(summary))
+        processes.first("summary", lambda: files.write_whole(self.path / "summary.json", files.json_bytes(summary)))
         return files.plain(summary)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ what the number counts: content, order, batch size and epoch rule.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -128,13 +129,19 @@ class _BatchList:
         order: Callable[[int], np.ndarray],
         per_epoch: int,
         length: int,
-        shard: tuple[int, int],
         transform: Callable[[Record, int, int], Record] | None = None,
     ):
         self._source, self._batch_size, self._order = source, batch_size, order
         self._per_epoch, self._length, self._transform = per_epoch, length, transform
-        share = batch_size // shard[1]
-        self._share = slice(shard[0] * share, (shard[0] + 1) * share)
+        self._share = slice(0, batch_size)
+
+    def rows(self, start: int, stop: int) -> _BatchList:
+        """The same, of which each batch holds these rows only."""
+        if not 0 <= start < stop <= self._batch_size:
+            raise ValueError(f"rows: given {start} to {stop}, allowed: some of 0 to {self._batch_size}")
+        part = copy.copy(self)
+        part._share = slice(start, stop)
+        return part
 
     def __len__(self) -> int:
         return self._length
@@ -172,7 +179,6 @@ def train_batches(
     seed: int,
     remainder: str,
     transform: Transform | None = None,
-    shard: tuple[int, int] = (0, 1),
     threads: int = 0,
 ) -> Batches:
     """Batches without end, every record once an epoch, in another order every epoch.
@@ -185,18 +191,17 @@ def train_batches(
         "pad" gives them in a batch filled up with mask 0.
       transform: (record, generator) -> record, on the host. Its generator depends on seed, epoch and row, not on the batch. The
         fingerprint knows it by its `fingerprint` attribute, or by module and name.
-      shard: (index, count): this process's contiguous share of every batch. Positions and fingerprint are those of the whole.
       threads: grain's reading threads; 0 for what is in memory. The position counts batches handed out, not read ahead.
 
     Returns:
-      Batches of {name: array [batch_size / count, ...]} with "mask" float32 always among them. A position is
+      Batches of {name: array [batch_size, ...]} with "mask" float32 always among them. A position is
       {"next_index": batches so far}.
 
     Raises:
-      ValueError: no records, batch_size not in 1..len(records) or not divisible by the count of shards, an unknown remainder.
+      ValueError: no records, batch_size not in 1..len(records), an unknown remainder.
     """
     source = as_source(records)
-    _check(batch_size, shard)
+    _check(batch_size)
     if batch_size > len(source):
         raise ValueError(f"batch_size: given {batch_size}, allowed at most {len(source)}, the size of the data set")
     per_epoch = batches_per_epoch(source, batch_size, remainder=remainder)
@@ -206,33 +211,28 @@ def train_batches(
         return permutation(len(source), seed, epoch)
 
     applied = None if transform is None else lambda record, epoch, row: transform(record, generator(seed, epoch, row))
-    items = _BatchList(source, batch_size, order, per_epoch, sys.maxsize, shard, applied)
+    items = _BatchList(source, batch_size, order, per_epoch, sys.maxsize, applied)
     name = f"train v{ORDER_VERSION} batch_size={batch_size} seed={seed} remainder={remainder} transform={_name(transform)}"
-    return Batches(_opener(items, threads), f"{name} source=({source.fingerprint})", _position(None))
+    return _batches(items, f"{name} source=({source.fingerprint})", _position(None), threads)
 
 
-def ordered_batches(records: Any, batch_size: int, *, shard: tuple[int, int] = (0, 1), threads: int = 0) -> Batches:
+def ordered_batches(records: Any, batch_size: int, *, threads: int = 0) -> Batches:
     """Every record once, in order; the last batch is filled up with mask 0, so that all have one shape.
 
     Arguments, batches, positions and errors as in `train_batches`, but batch_size may exceed the number of records.
     """
     source = as_source(records)
-    _check(batch_size, shard)
+    _check(batch_size)
     count = -(-len(source) // batch_size)
     rows = np.arange(len(source))
-    items = _BatchList(source, batch_size, lambda epoch: rows, count, count, shard)
+    items = _BatchList(source, batch_size, lambda epoch: rows, count, count)
     name = f"ordered v{ORDER_VERSION} batch_size={batch_size} source=({source.fingerprint})"
-    return Batches(_opener(items, threads), name, _position(count))
+    return _batches(items, name, _position(count), threads)
 
 
-def _check(batch_size: int, shard: tuple[int, int]) -> None:
-    index, count = shard
+def _check(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: given {batch_size}, allowed 1 and more")
-    if not 0 <= index < count:
-        raise ValueError(f"shard: given index {index} of {count}, allowed 0 to {count - 1}")
-    if batch_size % count:
-        raise ValueError(f"batch_size: given {batch_size}, which {count} processes cannot share equally")
 
 
 def _name(transform: Transform | None) -> str:
@@ -245,6 +245,13 @@ def _name(transform: Transform | None) -> str:
         return f"{_name(transform.func)}(*{transform.args!r}, **{transform.keywords!r})"
     named = transform if hasattr(transform, "__qualname__") else type(transform)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _batches(items: _BatchList, name: str, position: Callable[[int], dict[str, int]], threads: int) -> Batches:
+    def rows(start: int, stop: int) -> Batches:
+        return _batches(items.rows(start, stop), name, position, threads)
+
+    return Batches(_opener(items, threads), name, position, rows)
 
 
 def _opener(items: _BatchList, threads: int) -> Callable[[], BatchIterator]:

@@ -30,8 +30,8 @@ def write(path, content):
     return str(path)
 
 
-def train(records, batch_size=2, remainder="drop", shard=(0, 1)):
-    return train_batches(records, batch_size, seed=0, remainder=remainder, shard=shard)
+def train(records, batch_size=2, remainder="drop"):
+    return train_batches(records, batch_size, seed=0, remainder=remainder)
 
 
 def png(path, shape):
@@ -246,8 +246,7 @@ CASES = {
     "batch larger than the data": (lambda t: train(LIST, 6), ["batch_size: given 6", "at most 5"]),
     "batch of nothing": (lambda t: ordered_batches(LIST, 0), ["batch_size: given 0"]),
     "unknown remainder": (lambda t: train(LIST, 2, "keep"), ["remainder: given 'keep'", "'drop' or 'pad'"]),
-    "shard beyond": (lambda t: train(LIST, 2, shard=(2, 2)), ["shard: given index 2 of 2", "0 to 1"]),
-    "shards unequal": (lambda t: train(LIST, 3, shard=(0, 2)), ["batch_size: given 3", "2 processes"]),
+    "rows of a batch beyond": (lambda t: train(LIST, 2).rows(1, 3), ["rows: given 1 to 3", "0 to 2"]),
     "arrays for records": (lambda t: train({"x": X}), ["a dict of 'x'", "array_source"]),
     "no records": (lambda t: train([]), ["holds no records"]),
     "records that are none": (lambda t: train([1, 2]), ["record 0 is a int"]),

@@ -133,14 +133,13 @@ def test_a_mask_of_the_records_is_kept_and_padding_masked_beside_it(shape):
     assert batches[0]["mask"].dtype == np.float32
 
 
-@pytest.mark.parametrize("make", [lambda shard: train_batches(RECORDS, 6, seed=1, remainder="pad", shard=shard),
-                                  lambda shard: ordered_batches(RECORDS, 6, shard=shard)])  # fmt: skip
-def test_shards_join_to_the_whole_and_share_its_position(make):
+@pytest.mark.parametrize("batches", [train_batches(RECORDS, 6, seed=1, remainder="pad"), ordered_batches(RECORDS, 6)])
+def test_parts_of_the_rows_join_to_the_whole_and_share_its_position(batches):
     """Grain has one state a process, which another number of processes cannot take up; ours is the same in all."""
-    whole = drawn(make((0, 1)), 2)
-    for count in (2, 3):
-        shards = [make((i, count)) for i in range(count)]
-        assert {shard.fingerprint for shard in shards} == {make((0, 1)).fingerprint}
+    whole = drawn(batches, 2)
+    for cuts in ((0, 3, 6), (0, 2, 4, 6), (0, 1, 6)):
+        shards = [batches.rows(start, stop) for start, stop in itertools.pairwise(cuts)]
+        assert {shard.fingerprint for shard in shards} == {batches.fingerprint}
         states = []
         for number in range(2):
             parts = [drawn(shard, 1, shard.position(number))[0] for shard in shards]
@@ -154,13 +153,14 @@ def noisy(record, rng):
 
 
 def test_a_transform_depends_on_seed_epoch_and_record_alone():
-    def by_record(batch_size, seed, epochs=1, shard=(0, 1)):
-        batches = train_batches(RECORDS, batch_size, seed=seed, remainder="pad", transform=noisy, shard=shard)
+    def by_record(batch_size, seed, epochs=1, rows=None):
+        batches = train_batches(RECORDS, batch_size, seed=seed, remainder="pad", transform=noisy)
+        batches = batches.rows(*rows) if rows else batches
         per_epoch = batches_per_epoch(RECORDS, batch_size, remainder="pad")
         last = drawn(batches, per_epoch, batches.position((epochs - 1) * per_epoch))
         return {int(t): x.tobytes() for b in last for t, x, m in zip(b["targets"], b["inputs"], b["mask"], strict=True) if m}
 
-    assert by_record(3, 1) == by_record(4, 1) == by_record(4, 1, shard=(0, 2)) | by_record(4, 1, shard=(1, 2))
+    assert by_record(3, 1) == by_record(4, 1) == by_record(4, 1, rows=(0, 1)) | by_record(4, 1, rows=(1, 4))
     assert len(set(by_record(3, 1).values()) | set(by_record(3, 2).values()) | set(by_record(3, 1, epochs=2).values())) == 33
 
 

@@ -1,0 +1,94 @@
+"""A regression small enough for several processes on one core, and slow enough for a signal to hit a step that is meant.
+
+gnomon launch --processes 2 -- train --config tests/faults/toy_run.py --config.mesh.data=-1
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from research import Experiment
+from research.core.mesh import make_layout
+from research.core.types import Aux, Example, Method, Spec, Stage, Task
+from research.data.streams import train_batches
+from research.learners import gradient
+
+ARGS = ("",)
+BATCH, RECORDS, WIDTH = 12, 100, 8
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": 60,
+            "every": 5,
+            "pause": 0.0,  # seconds that every batch takes
+            "stall": {"after": 0.0, "record": -1, "process": 0, "seconds": 0.0},  # who waits, at which record, how long
+            "mesh": {"data": -1, "fsdp": 1},
+        }
+    )
+
+
+def task() -> Task:
+    def init(key):
+        params = {"w": jax.random.normal(key, (WIDTH, WIDTH)), "v": jax.random.normal(key, (WIDTH,))}
+        return {"params": params, "state": {}, "frozen": {}}
+
+    def predict(variables, inputs, key):
+        return jnp.tanh(inputs["inputs"] @ variables["params"]["w"]) @ variables["params"]["v"]
+
+    def loss(variables, batch, key):
+        error = (predict(variables, batch, key) - batch["targets"]) ** 2
+        weight = batch["mask"].sum()
+        total = (error * batch["mask"]).sum()
+        return total / weight, Aux(variables["state"], {"mse": (total, weight)}, weight)
+
+    inputs = Spec((BATCH, WIDTH), jnp.float32, ("batch",))
+    row = Spec((BATCH,), jnp.float32, ("batch",))
+    axes = {"params": {"w": jax.P("embed"), "v": jax.P("embed")}, "state": {}, "frozen": {}}
+    return Task(
+        init, loss, {"predict": Method(predict, {"inputs": inputs})}, {"inputs": inputs, "targets": row, "mask": row}, axes
+    )
+
+
+def example() -> Example:
+    return Example(task())
+
+
+class Slow:
+    """Records that take their time, and tell who has read them."""
+
+    fingerprint = "slow records"
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self._inputs = np.random.default_rng(0).normal(size=(RECORDS, WIDTH)).astype(np.float32)
+
+    def __len__(self) -> int:
+        return RECORDS
+
+    def gather(self, rows: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
+        stall = self._config.stall
+        time.sleep(self._config.pause)
+        if stall.record in rows and epoch == 0 and jax.process_index() == stall.process:
+            time.sleep(stall.seconds)
+        return {"inputs": self._inputs[rows], "targets": self._inputs[rows].sum(1)}
+
+
+def build(config: ConfigDict) -> Experiment:
+    batches = train_batches(Slow(config), BATCH, seed=config.seed, remainder="pad")
+    learner = gradient(task(), optax.adam(1e-2))
+    return Experiment(
+        [Stage(learner, batches, config.steps)],
+        seed=config.seed,
+        log_every=5,
+        checkpoints={"every": config.every},
+        mesh=make_layout(config.mesh.to_dict()),
+    )
