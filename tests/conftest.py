@@ -34,6 +34,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure(config):
+    """Compiling is most of the time: `make test` leaves out LLVM's optimizations, `make slow` and the processes that tests start
+    do not."""
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
+
+
 @pytest.fixture
 def no_transfers():
     """Implicit transfers between host and device are errors in the test: what is jitted must be fed arrays already there."""

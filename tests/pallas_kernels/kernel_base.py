@@ -52,10 +52,14 @@ def cotangents(values: Any, seed: int = 0) -> Any:
     return tree.unflatten(drawn)
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+ALL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
 def compiled(function: Callable[..., Any], quick: bool = True) -> Callable[..., Any]:
     """jax.jit. quick: without LLVM's optimizations, which take half of the time of a small case; what XLA itself does is the
     same."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else {})
+    return jax.jit(function, compiler_options=QUICK if quick else ALL)
 
 
 def runner(function: Callable[..., Any], quick: bool = True) -> Callable[..., Results]:
