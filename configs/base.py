@@ -11,12 +11,15 @@ def base() -> ConfigDict:
             "transforms": {"wrap": []},  # Task -> Task, innermost first, such as ["augment"]
             "estimate": {"name": "exact", "wrap": []},  # such as wrap=["accumulated"] with accumulated={"n": 4}
             "learner": {"wrap": [], "watch": {}},  # around the gradient learner; watch={"group": "regular expression"}
-            "train": {"steps": 0, "steps_per_call": 1, "log_every": 50, "replay": True},
+            # stall_after: seconds without a step after which every process prints its stacks; 0: never
+            "train": {"steps": 0, "steps_per_call": 1, "log_every": 50, "replay": True, "stall_after": 0.0},
             "checkpoint": {"every": 0, "keep_latest": 2, "keep_best": 0, "best": "", "mode": "min"},
             "early_stopping": {"metric": "", "patience": 0, "mode": "min"},  # patience 0: never
             "warm_start": {"workdir": "", "rename": []},  # rename=["pattern->replacement"]
             # Sizes of the mesh's axes; one may be -1, for all devices that are left.
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "pipeline": 1, "population": 1},
+            # How layers run where mesh.pipeline is above 1: "gpipe", or "interleaved" with 2 groups or more; nn/pipeline.py.
+            "pipeline": {"schedule": "gpipe", "microbatches": 4, "groups": 1, "remat": True},
             # Logical name of a dimension -> the mesh axes that it is laid over; docs/meshes.md has the picture.
             "rules": {
                 "batch": ["data", "fsdp"],

@@ -16,11 +16,24 @@ from research.core.mesh import Layout
 from research.core.tree import joined, leaves_with_paths
 from research.core.types import Learner
 from research.experiment import Experiment, Table
+from research.nn.pipeline import bubble_share
 
 
 def described(experiment: Experiment) -> str:
     """A table of parameters a stage, and the sums. Checks the learner and the mesh as a run would; compiles nothing."""
-    return "\n".join(text for i, s in enumerate(experiment.stages) for text in _stage(i, s.learner, s.steps, experiment.mesh))
+    stages = [text for i, s in enumerate(experiment.stages) for text in _stage(i, s.learner, s.steps, experiment.mesh)]
+    return "\n".join([*stages, *pipeline_lines(experiment.mesh)])
+
+
+def pipeline_lines(layout: Layout | None) -> list[str]:
+    """How much of a step each device waits, where layers are a pipeline; [] where they are none."""
+    stages = layout.parts("layers") if layout else 1
+    if layout is None or stages == 1:
+        return []
+    schedule, microbatches, groups, _ = layout.pipeline
+    idle = bubble_share(schedule, stages, microbatches, groups)
+    of = f"{stages} stages, {microbatches} microbatches" + (f", {groups} groups of layers a device" if groups > 1 else "")
+    return [f"pipeline ({schedule}): {of}; a device waits {idle:.1%} of a pass through the layers"]
 
 
 def _stage(index: int, learner: Learner, steps: int, layout: Layout | None) -> Iterator[str]:

@@ -32,7 +32,7 @@ from research.core.report import write_report
 from research.core.tensorboard import TensorBoard
 from research.core.types import Stage, Variables
 from research.core.workdir import FINISHED, OVERFIT, Workdir, package_versions, plain_config
-from research.dry_run import described
+from research.dry_run import described, pipeline_lines
 from research.experiment import Experiment, Table, Text, build, members_of, run
 from research.intervals import t_interval
 
@@ -108,6 +108,8 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
     )
     with workdir:
         workdir.begin()
+        for line in pipeline_lines(experiment.mesh):
+            say(line)
         outcome, seconds = trained(experiment, workdir)
         if outcome.reason == INTERRUPTED:
             say(f"interrupted at step {int(outcome.state['step'])}: saved in {path}; the same command goes on")

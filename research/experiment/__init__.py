@@ -21,12 +21,14 @@ from research.core.config import find, flat, is_section, load_config, load_modul
 from research.core.evaluate import names_of
 from research.core.hooks import EarlyStopping
 from research.core.loop import Outcome
-from research.core.mesh import RULES, make_layout
+from research.core.mesh import RULES, Pipeline
 from research.core.names import choose
+from research.core.stall import Stall
 from research.core.types import Evaluation, Key, Learner, Stage, Task, Variables
 from research.core.warm_start import warm_start
 from research.core.workdir import load_run
 from research.experiment.language import language
+from research.experiment.meshes import check_fits, layout_of
 from research.experiment.parts import Experiment, Parts, Table, Text
 from research.experiment.sections import arguments, only
 from research.experiment.supervised import supervised
@@ -43,13 +45,14 @@ KINDS: Mapping[str, Callable[[Any], Parts]] = {
 }
 COMMON = (
     "seed", "task", "model", "data", "stream", "transforms", "estimate", "optimizer", "learner", "train", "evaluate",
-    "checkpoint", "early_stopping", "warm_start", "mesh", "rules",
+    "checkpoint", "early_stopping", "warm_start", "mesh", "rules", "pipeline",
 )  # fmt: skip
 SECTIONS = {
-    "train": ("steps", "steps_per_call", "log_every", "replay"),
+    "train": ("steps", "steps_per_call", "log_every", "replay", "stall_after"),
     "checkpoint": ("every", "keep_latest", "keep_best", "best", "mode"),
     "early_stopping": ("metric", "patience", "mode"),
     "warm_start": ("workdir", "rename"),
+    "pipeline": Pipeline._fields,
 }
 OWN = {"language_model": ("sample", "closing"), "classification": (), "regression": ()}
 
@@ -77,7 +80,7 @@ def assembled(config: Any) -> Experiment:
         only(config[section], keys, section)
     if config.train.steps < 1:
         raise ValueError(f"train.steps={config.train.steps}; allowed: 1 or more")
-    layout = make_layout(arguments(config.mesh), arguments(config.rules))
+    layout = layout_of(config)
     parts = make(config)
     teacher = _teacher(config.transforms)
     task = task_of(config, parts.task, teacher.task if teacher else None)
@@ -86,6 +89,7 @@ def assembled(config: Any) -> Experiment:
     if teacher:
         enter = _taught(teach(task, teacher.variables), enter)
     _check_rules(config.rules, learner)
+    check_fits(config, layout, learner)
     evaluations = lifted(parts.evaluations, n)
     _check_metrics(config, evaluations)
     stage = Stage(learner, parts.train, config.train.steps, members(enter, n) if n and enter else enter)
@@ -100,6 +104,7 @@ def assembled(config: Any) -> Experiment:
         replay=config.train.replay,
         mesh=layout,
         checkpoints={**arguments(config.checkpoint), "best": config.checkpoint.best or None},
+        hooks=[Stall(config.train.stall_after)] if config.train.stall_after else [],
         history_hooks=[lambda path, make=make: make(history=path) for make in history],
         units=parts.units,
         closing=() if n else parts.closing,

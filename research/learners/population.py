@@ -91,9 +91,8 @@ def population(
 
     def step(state: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
         if method == "vmap":
-            # Unless it is told, a shard_map or a sharding constraint within the task makes every device compute all members.
-            over = axes_of(POPULATION) or None
-            return jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=over)(state, batch, keys(key))
+            mapped = jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=_over())
+            return mapped(state, batch, keys(key))
         shared = {name: x for name, x in state.items() if lane[name] is None}
 
         def one(member):
@@ -110,8 +109,8 @@ def population(
 
     def lifted(apply):
         def each(variables, inputs, key):
-            over = axes_of(POPULATION) or None
-            return jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=over)(variables, inputs, key)
+            mapped = jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=_over())
+            return mapped(variables, inputs, key)
 
         return each
 
@@ -119,6 +118,13 @@ def population(
     methods = {name: m._replace(apply=lifted(m.apply)) for name, m in learner.methods.items()}
     axes = {name: x if lane[name] is None else _stacked(x) for name, x in learner.axes.items()}
     return Learner(init, step, variables, methods, learner.batch, axes)
+
+
+def _over() -> tuple[str, ...] | None:
+    """The mesh axes of the members, for `jax.vmap`: unless it is told, a shard_map or a sharding constraint within the task
+    makes every device compute all of them. Not under a pipeline, whose shard_map leaves these axes to the compiler, and raises
+    where it is told of them."""
+    return None if axes_of("layers") else axes_of(POPULATION) or None
 
 
 def _stacked(axes: Tree) -> Tree:

@@ -1,8 +1,10 @@
-"""Layers one after another: written out one by one, or as one `lax.scan` over stacked parameters.
+"""Layers one after another: written out one by one, as one `lax.scan` over stacked parameters, or as stages of a pipeline.
 
 Layers repeat with a period (a pattern of sliding and global attention, say), so layer i is built by `make(i % period, rngs)`.
 Written out, the list holds every layer. Scanned, it holds `period` modules whose parameters have a leading axis "layers" of
 length layers / period: layer i is entry i // period of module i % period. XLA then compiles one period instead of all layers.
+
+Where the mesh in use lays "layers" over some of its axes, the scanned layers run as `nn.pipeline` says.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research.core.mesh import axes_of
 from research.core.types import Spec, Tree
 from research.nn.functional import AXES
+from research.nn.pipeline import pipelined
 
 Make = Callable[[int, nnx.Rngs], nnx.Module]
 
@@ -46,7 +50,13 @@ def run(
     scanned.
 
     remat: keep only the carry between layers for the backward pass, and compute the inside of a layer again there.
+
+    Without xs, and under a mesh that lays "layers" over its axes, the layers are a pipeline: every leaf of the carry begins
+    with the batch, and random numbers differ by layer and microbatch. Raises ValueError (one line) where they cannot be one:
+    not scanned, with a y, or with state that a pass updates. With xs (a cache) each layer waits for the one before.
     """
+    if axes_of("layers") and xs is None:
+        return _pipelined(blocks, step, carry, scan, remat)
     xs = {str(i): None for i in range(len(blocks))} if xs is None else xs
 
     def pure(graphdef, state, carry, x):
@@ -71,6 +81,56 @@ def run(
     for block, state in zip(blocks, after, strict=True):
         nnx.update(block, state)
     return carry, ys
+
+
+def _pipelined(
+    blocks: nnx.List, step: Callable[..., tuple[Any, Tree]], carry: Any, scan: bool, remat: bool
+) -> tuple[Any, Tree]:
+    """`run` as stages of a pipeline."""
+    if not scan:
+        raise ValueError(
+            "model.scan_layers=False under mesh.pipeline above 1: layers written out have no stages; allowed: True"
+        )
+    parts = [nnx.split(block, nnx.filterlib.Any(nnx.Param, nnx.RngState), ...) for block in blocks]
+    for _, _, updated in parts:
+        for path, _ in nnx.to_flat_state(updated):
+            raise ValueError(
+                f"mesh.pipeline above 1: {'/'.join(map(str, path))} of a layer is state, which each microbatch would update; "
+                "allowed: layers of parameters and dropout"
+            )
+
+    def layer(graphdef, state, carry):
+        carry, y = step(nnx.merge(graphdef, state, {}), carry, None)
+        if jax.tree.leaves(y):
+            raise ValueError("mesh.pipeline above 1: layers give outputs beside the carry; allowed: None")
+        return carry
+
+    if remat:
+        layer = jax.checkpoint(layer, static_argnums=0)
+
+    def layers(states, carry, microbatch):
+        def period(carry, states):
+            for (graphdef, *_), state in zip(parts, states, strict=True):
+                carry = layer(graphdef, state, carry)
+            return carry, None
+
+        return jax.lax.scan(period, carry, _drawing_anew(states, microbatch))[0]
+
+    states = [state for _, state, _ in parts]
+    carry = pipelined(layers, states, carry)
+    for block, state in zip(blocks, _drawing_anew(states, 2**31 - 1), strict=True):
+        nnx.update(block, state)
+    return carry, {str(i): None for i in range(len(blocks))}
+
+
+def _drawing_anew(states: Tree, number: jax.Array | int) -> Tree:
+    """The states, every generator's keys (one a layer) folded with `number`."""
+
+    def one(x: jax.Array) -> jax.Array:
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.vmap(jax.random.fold_in, (0, None))(x, number) if is_key else x
+
+    return jax.tree.map(one, states)
 
 
 def cache_specs(blocks: nnx.List, one: Callable[[nnx.Module], Tree], layers: int, scan: bool) -> dict[str, Tree]:
