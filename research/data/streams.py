@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +27,8 @@ from research.data.determinism import digest, generator, permutation
 
 ORDER_VERSION = 1  # raised when the same arguments begin to give other batches
 REMAINDERS = ("drop", "pad")
+BAD_RECORDS = ("raise", "skip")
+logger = logging.getLogger(__name__)
 
 Record = dict[str, np.ndarray]
 Transform = Callable[[Record, np.random.Generator], Record]
@@ -129,10 +132,14 @@ class _BatchList:
         order: Callable[[int], np.ndarray],
         per_epoch: int,
         length: int,
+        bad_records: str,
         transform: Callable[[Record, int, int], Record] | None = None,
     ):
+        if bad_records not in BAD_RECORDS:
+            raise ValueError(f"bad_records: given {bad_records!r}, allowed {' or '.join(map(repr, BAD_RECORDS))}")
         self._source, self._batch_size, self._order = source, batch_size, order
         self._per_epoch, self._length, self._transform = per_epoch, length, transform
+        self._skipped: set[int] | None = set() if bad_records == "skip" else None
         self._share = slice(0, batch_size)
 
     def rows(self, start: int, stop: int) -> _BatchList:
@@ -152,17 +159,62 @@ class _BatchList:
         held = len(rows)
         # Padding repeats a real record: zeros could give a NaN (log 0, 0 / 0) that a mask of 0 does not undo.
         rows = np.concatenate([rows, np.full(self._batch_size - held, rows[0])])[self._share]
-        batch = self._records(rows, epoch)
+        batch, good = self._gathered(rows, epoch)
+        batch = self._transformed(batch, rows, epoch)
         mask = np.asarray(batch["mask"], np.float32) if "mask" in batch else np.ones(len(rows), np.float32)
-        real = (np.arange(self._batch_size) < held)[self._share].reshape(-1, *[1] * (mask.ndim - 1))
+        real = ((np.arange(self._batch_size) < held)[self._share] & good).reshape(-1, *[1] * (mask.ndim - 1))
         return {**batch, "mask": mask * real}
 
-    def _records(self, rows: np.ndarray, epoch: int) -> Record:
-        batch = self._source.gather(rows, epoch)
+    def _gathered(self, rows: np.ndarray, epoch: int) -> tuple[Record, np.ndarray]:
+        """(the records, which of them are good); in place of a bad one, the first good one of the epoch's order.
+
+        Raises ValueError naming the source and the record, where bad records are not skipped or all are bad.
+        """
+        good = np.ones(len(rows), bool)
+        batch, why = _read(self._source, rows, epoch)
+        if why is None:
+            return batch, good
+        instead = rows.copy()
+        for i, row in enumerate(rows):
+            _, why = _read(self._source, rows[i : i + 1], epoch)
+            if why is not None:
+                self._tell(int(row), why)
+                good[i], instead[i] = False, self._good_one(epoch)
+        return self._source.gather(instead, epoch), good
+
+    def _tell(self, row: int, why: str) -> None:
+        said = f"record {row} of {self._source.fingerprint} {why}"
+        if self._skipped is None:
+            raise ValueError(f"{said}; allowed: records that are whole and finite, or bad_records='skip'")
+        if row not in self._skipped:
+            self._skipped.add(row)
+            logger.warning("%s: skipped; %d so far", said, len(self._skipped))
+
+    def _good_one(self, epoch: int) -> int:
+        found = (row for row in self._order(epoch) if _read(self._source, np.asarray([row]), epoch)[1] is None)
+        row = next(found, None)
+        if row is None:
+            raise ValueError(f"{self._source.fingerprint} holds no record that can be read and is finite")
+        return int(row)
+
+    def _transformed(self, batch: Record, rows: np.ndarray, epoch: int) -> Record:
         if self._transform is None:
             return batch
         records = [{name: x[i] for name, x in batch.items()} for i in range(len(rows))]
         return _stacked([self._transform(r, epoch, int(row)) for r, row in zip(records, rows, strict=True)], rows)
+
+
+def _read(source: Source, rows: np.ndarray, epoch: int) -> tuple[Record, str | None]:
+    """The records of these rows, and what is wrong with any: they cannot be read, or NaN or infinity is where they count."""
+    try:
+        batch = source.gather(rows, epoch)
+    except (ValueError, OSError, KeyError) as error:
+        return {}, f"cannot be read ({error})"
+    counts = np.asarray(batch["mask"]).reshape(len(rows), -1).any(1) if "mask" in batch else np.ones(len(rows), bool)
+    for name, x in batch.items():
+        if np.issubdtype(x.dtype, np.inexact) and not np.isfinite(x[counts]).all():
+            return batch, f"is not finite: {name!r} holds NaN or infinity"
+    return batch, None
 
 
 def batches_per_epoch(records: Any, batch_size: int, *, remainder: str) -> int:
@@ -179,6 +231,7 @@ def train_batches(
     seed: int,
     remainder: str,
     transform: Transform | None = None,
+    bad_records: str = "raise",
     threads: int = 0,
 ) -> Batches:
     """Batches without end, every record once an epoch, in another order every epoch.
@@ -191,6 +244,8 @@ def train_batches(
         "pad" gives them in a batch filled up with mask 0.
       transform: (record, generator) -> record, on the host. Its generator depends on seed, epoch and row, not on the batch. The
         fingerprint knows it by its `fingerprint` attribute, or by module and name.
+      bad_records: what becomes of a record that cannot be read, or holds NaN or infinity: "raise" names it and its source,
+        "skip" does so in a warning, which counts them, and gives another in its place with mask 0.
       threads: grain's reading threads; 0 for what is in memory. The position counts batches handed out, not read ahead.
 
     Returns:
@@ -211,12 +266,12 @@ def train_batches(
         return permutation(len(source), seed, epoch)
 
     applied = None if transform is None else lambda record, epoch, row: transform(record, generator(seed, epoch, row))
-    items = _BatchList(source, batch_size, order, per_epoch, sys.maxsize, applied)
+    items = _BatchList(source, batch_size, order, per_epoch, sys.maxsize, bad_records, applied)
     name = f"train v{ORDER_VERSION} batch_size={batch_size} seed={seed} remainder={remainder} transform={_name(transform)}"
     return _batches(items, f"{name} source=({source.fingerprint})", _position(None), threads)
 
 
-def ordered_batches(records: Any, batch_size: int, *, threads: int = 0) -> Batches:
+def ordered_batches(records: Any, batch_size: int, *, bad_records: str = "raise", threads: int = 0) -> Batches:
     """Every record once, in order; the last batch is filled up with mask 0, so that all have one shape.
 
     Arguments, batches, positions and errors as in `train_batches`, but batch_size may exceed the number of records.
@@ -225,7 +280,7 @@ def ordered_batches(records: Any, batch_size: int, *, threads: int = 0) -> Batch
     _check(batch_size)
     count = -(-len(source) // batch_size)
     rows = np.arange(len(source))
-    items = _BatchList(source, batch_size, lambda epoch: rows, count, count)
+    items = _BatchList(source, batch_size, lambda epoch: rows, count, count, bad_records)
     name = f"ordered v{ORDER_VERSION} batch_size={batch_size} source=({source.fingerprint})"
     return _batches(items, name, _position(count), threads)
 

@@ -13,7 +13,7 @@ from research.core.types import Evaluation, Task
 from research.data import arrays, images, mnist1d
 from research.data.errors import about
 from research.data.fashion_mnist import fashion_mnist
-from research.data.streams import Source, ordered_batches, subset, train_batches
+from research.data.streams import BAD_RECORDS, Source, ordered_batches, subset, train_batches
 from research.evals import absolute_error, bootstrap, correct, mean, nll, squared_error
 from research.experiment.parts import Parts
 from research.experiment.sections import called, only
@@ -117,11 +117,12 @@ MEASURES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
 def supervised(config: Any) -> Parts:
     """The model of `config.model` on the inputs and targets of `config.data`.
 
-    config.stream: {batch, validation}: examples a step; how many of the training examples are held out, a number, 0 for none.
+    config.stream: {batch, validation, bad_records}: examples a step; how many of the training examples are held out, a number,
+        0 for none; what becomes of one that is not finite or cannot be read, "raise" or "skip" (data.streams).
     config.evaluate: {every, batch}. "val" is measured every `every` steps and at the end, "test" once, at the
         end, with its 95% interval over examples (`evals.bootstrap`).
     """
-    only(config.stream, ("batch", "validation"), "stream")
+    only(config.stream, ("batch", "validation", "bad_records"), "stream")
     only(config.evaluate, ("every", "batch"), "evaluate")
     split = called(SPLITS[config.task.name], config.data, "data")
     model = called(MODELS, config.model, "model", **_sizes(MODELS, config, "model", split))
@@ -131,17 +132,18 @@ def supervised(config: Any) -> Parts:
         kept, out = arrays.split_rows(len(train), config.stream.validation, seed=0)
         train, held_out = subset(train, kept), subset(train, out)
 
+    bad = {"bad_records": choose({name: name for name in BAD_RECORDS}, config.stream.bad_records, "stream.bad_records")}
     predict, measures = task.methods["predict"].apply, MEASURES[config.task.name]
     batch = config.evaluate.batch
     validation = (
         {}
         if held_out is None
-        else {"val": Evaluation(mean(predict, measures), ordered_batches(held_out, batch), config.evaluate.every)}
+        else {"val": Evaluation(mean(predict, measures), ordered_batches(held_out, batch, **bad), config.evaluate.every)}
     )
-    test = Evaluation(bootstrap(predict, measures), ordered_batches(split.test, batch), 0)
+    test = Evaluation(bootstrap(predict, measures), ordered_batches(split.test, batch, **bad), 0)
     return Parts(
         task,
-        train_batches(train, config.stream.batch, seed=config.seed, remainder="drop"),
+        train_batches(train, config.stream.batch, seed=config.seed, remainder="drop", **bad),
         {**validation, "test": test},
         {"examples": config.stream.batch},
         show=[f"val/{name}" for name in measures],

@@ -241,7 +241,7 @@ def test_an_error_while_reading_reaches_the_one_who_asks():
             raise OSError("disk gone")
 
     for threads in (0, 2):
-        with pytest.raises(OSError, match="disk gone"):
+        with pytest.raises(ValueError, match=r"record \d of broken cannot be read \(disk gone\)"):
             next(train_batches(Broken(), 2, seed=0, remainder="drop", threads=threads).open())
 
 
@@ -250,3 +250,40 @@ def test_positions_reach_far_without_drawing():
     far = drawn(batches, 2, batches.position(3 * 10**12))
     assert all(len(targets(batch)) == 2 for batch in far)
     assert len(list(itertools.islice(batches.open(), 10))) == 10 < sys.maxsize
+
+
+class Damaged:
+    """Ten records, of which one cannot be read, one holds NaN, and one does where its mask is 0."""
+
+    fingerprint = "damaged"
+
+    def __len__(self):
+        return 10
+
+    def gather(self, rows, epoch):
+        if 3 in rows:
+            raise OSError("checksum")
+        inputs = np.where(np.isin(rows, (5, 7)), np.nan, rows).astype(np.float32)
+        return {"inputs": inputs, "mask": (rows != 7).astype(np.float32)}
+
+
+@pytest.mark.parametrize(("size", "says"), [(4, r"record 3 of damaged cannot be read \(checksum\)"),
+                                            (3, "record 3 of damaged"), (1, "record 3")])  # fmt: skip
+def test_a_bad_record_is_named_by_source_and_index(size, says):
+    with pytest.raises(ValueError, match=says):
+        list(ordered_batches(Damaged(), size).open())
+    with pytest.raises(ValueError, match="record 1 of subset .* of damaged is not finite: 'inputs' holds NaN"):
+        list(ordered_batches(subset(Damaged(), [4, 5]), 2).open())
+
+
+def test_bad_records_are_skipped_and_counted_and_all_others_seen_once(caplog):
+    batches = list(ordered_batches(Damaged(), 4, bad_records="skip").open())
+    inputs, mask = (np.concatenate([b[name] for b in batches]) for name in ("inputs", "mask"))
+    assert sorted(inputs[mask != 0]) == [0, 1, 2, 4, 6, 8, 9]
+    told = [record.message for record in caplog.records]
+    assert told == ["record 3 of damaged cannot be read (checksum): skipped; 1 so far",
+                    "record 5 of damaged is not finite: 'inputs' holds NaN or infinity: skipped; 2 so far"]  # fmt: skip
+    with pytest.raises(ValueError, match="holds no record that can be read"):
+        list(ordered_batches(subset(Damaged(), [3, 5]), 2, bad_records="skip").open())
+    with pytest.raises(ValueError, match="bad_records: given 'ignore', allowed 'raise' or 'skip'"):
+        ordered_batches(Damaged(), 4, bad_records="ignore")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from research import Experiment
 from research.core.mesh import make_layout
+from research.core.stall import Stall
 from research.core.types import Aux, Example, Method, Spec, Stage, Task
 from research.data.streams import train_batches
 from research.learners import gradient
@@ -30,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "steps": 60,
             "every": 5,
             "pause": 0.0,  # seconds that every batch takes
-            "stall": {"after": 0.0, "record": -1, "process": 0, "seconds": 0.0},  # who waits, at which record, how long
+            "stall": {"after": 0.0, "read": 0, "process": 0, "seconds": 0.0},  # who waits, at which of its reads, how long
             "mesh": {"data": -1, "fsdp": 1},
         }
     )
@@ -69,6 +70,7 @@ class Slow:
 
     def __init__(self, config: ConfigDict):
         self._config = config
+        self._reads = 0
         self._inputs = np.random.default_rng(0).normal(size=(RECORDS, WIDTH)).astype(np.float32)
 
     def __len__(self) -> int:
@@ -77,7 +79,8 @@ class Slow:
     def gather(self, rows: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
         stall = self._config.stall
         time.sleep(self._config.pause)
-        if stall.record in rows and epoch == 0 and jax.process_index() == stall.process:
+        self._reads += 1
+        if self._reads == stall.read and jax.process_index() == stall.process:
             time.sleep(stall.seconds)
         return {"inputs": self._inputs[rows], "targets": self._inputs[rows].sum(1)}
 
@@ -90,5 +93,6 @@ def build(config: ConfigDict) -> Experiment:
         seed=config.seed,
         log_every=5,
         checkpoints={"every": config.every},
+        hooks=[Stall(config.stall.after)] if config.stall.after else [],
         mesh=make_layout(config.mesh.to_dict()),
     )

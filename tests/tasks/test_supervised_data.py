@@ -34,7 +34,7 @@ def config(task, data, **model):
     config.task = task
     config.data = data
     config.model = linear | model
-    config.stream = {"batch": 8, "validation": 0}
+    config.stream = {"batch": 8, "validation": 0, "bad_records": "raise"}
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 0.01,
