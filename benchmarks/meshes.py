@@ -1,4 +1,4 @@
-"""One config on many meshes of eight simulated devices: how near its losses are to one device's, and what a device holds and hears.
+"""One config on many meshes of eight simulated devices: how near its losses come to one device's, what a device holds.
 
 Static counts from the compiled step, no times: bytes of parameters and optimizer on one device from their shardings, bytes of
 temporaries from `memory_analysis`, collectives from the optimized HLO. A collective-permute's or all-gather's bytes are what a

@@ -182,9 +182,14 @@ class Checkpoints:
             files.sync_directory(final.parent)
         return digest
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> None:
         """Raises CheckpointError if a save in the background has failed; costs nothing."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.saving:
             self.wait()
 
     def wait(self) -> None:
