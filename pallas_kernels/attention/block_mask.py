@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class BlockMask:
         for start in range(0, len(rows), at_once):
             row, column = (x[start : start + at_once, None, None] for x in (rows, columns))
             q_index, kv_index = row * sizes.q_block + q_inside, column * sizes.kv_block + kv_inside
-            with jax.ensure_compile_time_eval():
+            with _now():
                 seen = np.asarray(self.mask(b, h, q_index + self.q_offset, kv_index))
             seen = np.broadcast_to(seen, np.broadcast_shapes(q_index.shape, kv_index.shape))
             inside = (q_index < sizes.q_len) & (kv_index < sizes.kv_len)
@@ -128,7 +129,7 @@ class BlockMask:
         sizes = self.sizes
         q_index = row * sizes.q_block + np.arange(sizes.q_block)[:, None]
         kv_index = column * sizes.kv_block + np.arange(sizes.kv_block)[None]
-        with jax.ensure_compile_time_eval():
+        with _now():
             seen = np.asarray(self.mask(b, h, q_index + self.q_offset, kv_index))
         return np.broadcast_to(seen & (kv_index < sizes.kv_len), (sizes.q_block, sizes.kv_block))
 
@@ -148,6 +149,13 @@ class BlockMask:
                 title = f"sequence {b}, head {h}:\n" if self.batch * self.heads > 1 else ""
                 pictures.append(title + "\n".join(_pictured(self.table(b, h))))
         return "\n\n".join([repr(self), *pictures])
+
+
+@contextlib.contextmanager
+def _now() -> Iterator[None]:
+    """Computes while a program is traced, also within `jax.shard_map`, whose mesh is not for arrays that exist."""
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        yield
 
 
 def _nested(lists: BlockLists) -> BlockLists:

@@ -63,12 +63,19 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
         None if selected is not None else mask,
         sizes,
         static,
-        not jax.sharding.get_abstract_mesh().empty,
+        _on_a_mesh(),
     )
     data = Data(None if selected is None else selected.index, jnp.asarray(q_offset, jnp.int32), segment_ids, others)
     # outside of what has a rule of its own: within shard_map their gradients are then summed by JAX
     sinks, floats = varying((sinks, floats), q, k, v)
     return _jitted(call, q * before, k, v, sinks, floats, data)
+
+
+def _on_a_mesh() -> bool:
+    """Whether the compiler may split arrays here: not where `jax.shard_map` took all axes that there are more than one device
+    along."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and axis not in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
 def _scales(scale: float, dtype: Any) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from pallas_kernels.attention import sparse_attention
 from pallas_kernels.attention.algebra import Mask
 from research.core.names import choose
 from research.core.types import Spec
-from research.nn import checks
+from research.nn import checks, sharded_attention
 from research.nn.attention_core import attend, visible
 from research.nn.functional import Layer
 from research.nn.linear import Linear
@@ -81,12 +81,17 @@ class Attention(Layer):
     def _read(self, q_BxTxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, first: int | jax.Array) -> jax.Array:
         """float32 [B, T, H, D] of queries at positions first .. first + T - 1 and keys at 0 .. S - 1; operands are rounded to
         config.dtype."""
-        operands = (x.astype(DTYPES[self.config.dtype]) for x in (q_BxTxHxD, k_BxSxKxD, v_BxSxKxD))
+        operands = self._rounded(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD)
         out = sparse_attention(*operands, self.mask, q_offset=first, implementation=self.config.implementation)
         return out.astype(jnp.float32)
 
+    def _rounded(self, *arrays: jax.Array) -> list[jax.Array]:
+        return [x.astype(DTYPES[self.config.dtype]) for x in arrays]
+
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
-        return self._merged(self._read(*self._projected(x_BxTxC, 0), 0))
+        operands = self._rounded(*self._projected(x_BxTxC, 0))
+        out = sharded_attention.attend(*operands, self.mask, implementation=self.config.implementation)
+        return self._merged(out.astype(jnp.float32))
 
     def _slots(self, context: int) -> int:
         """Of the cache: as many as positions are seen, where the mask has a last one."""

@@ -96,6 +96,26 @@ def test_shards_by_batch_and_heads_are_the_whole(implementation):
             same_results(results(call, placed), expected)
 
 
+def test_sequences_are_looped_over_unless_a_mesh_may_split_them():
+    """shard_map that took all axes of more than one device leaves a device its own sequences, one after another."""
+    of, ids = operands(batch=5), np.zeros((5, 37), np.int32)
+
+    def looped(sizes, taken):
+        mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+        def call(of):
+            return windowed("xla", of, segment_ids=ids)
+
+        if taken:
+            call = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=taken, check_vma=False)
+        with jax.set_mesh(mesh):
+            return "length=5" in str(jax.make_jaxpr(call)(of))
+
+    assert "length=5" in str(jax.make_jaxpr(lambda of: windowed("xla", of, segment_ids=ids))(of))
+    assert looped((2, 2), {"data", "tensor"}) and looped((2, 1), {"data"}) and looped((1, 1), set())
+    assert not looped((2, 2), set()) and not looped((2, 2), {"data"})
+
+
 @with_properties
 def test_second_derivatives_are_the_references(implementation):
     """Reverse over reverse, for masks that are known: of a Hessian's product with a vector, through the log-sum-exp too."""
