@@ -75,7 +75,7 @@ lock:
 	    echo "# Made by: make lock"; \
 	} > requirements/lock.head
 	@cp requirements/lock.txt requirements/lock.new 2>/dev/null || true
-	$(UV) pip compile pyproject.toml --extra text --extra test --extra dev --constraint requirements/constraints.in \
+	$(UV) pip compile pyproject.toml --extra text --extra slurm --extra test --extra dev --constraint requirements/constraints.in \
 	    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes --no-header --no-annotate --no-config --quiet \
 	    --output-file requirements/lock.new $(ARGS) >/dev/null
 	@cat requirements/lock.head requirements/lock.new > requirements/lock.txt

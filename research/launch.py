@@ -6,14 +6,18 @@ On this machine by default; `--engine slurm` and `--engine jobset` write what a 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from research import cli
+from research.clusters import jobset, sbatch
 from research.core.names import choose
 from research.local_processes import Job
 
 VERBS = {"train": True, "evaluate": True}
+ENGINES = {"local": "", "slurm": "sbatch takes", "jobset": "kubectl apply -f takes"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +35,24 @@ def parser() -> argparse.ArgumentParser:
         "--heartbeat", type=int, default=100, metavar="S", help="seconds after which a silent process is lost (default: 100)"
     )
     p.add_argument("--restarts", type=int, default=3, metavar="R", help="times to start again after a crash (default: 3)")
+    p.add_argument("--engine", choices=ENGINES, default="local", help="where they run (default: this machine)")
+    p.add_argument("--dry-run", action="store_true", help="print what is run, or what the cluster is to be given, and stop")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="slurm, jobset: machines (default: 1)")
+    p.add_argument("--time", type=int, default=60, metavar="MINUTES", help="slurm: the time limit (default: 60)")
+    p.add_argument("--logs", default="runs/slurm", metavar="FOLDER", help="slurm: where output goes (default: runs/slurm)")
+    p.add_argument("--name", default="gnomon", help="jobset: its name (default: gnomon)")
+    p.add_argument("--image", default="gnomon", help="jobset: an image with the project installed (default: gnomon)")
+    p.add_argument(
+        "--claim", default="runs:/runs", metavar="NAME:PATH", help="jobset: the volume for runs (default: runs:/runs)"
+    )
     return p
+
+
+def given_to_cluster(args: argparse.Namespace, command: Sequence[str]) -> str:
+    """The batch script or the manifest; `--processes` are those of one node under SLURM, and JobSet has one a node."""
+    if args.engine == "slurm":
+        return sbatch(command, args.nodes, args.processes, args.heartbeat, Path(args.logs), args.time)
+    return jobset(command, args.name, args.nodes, args.heartbeat, args.restarts, args.image, args.claim)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not verb:
             raise ValueError(f"no verb to launch; allowed: -- and one of {', '.join(VERBS)}, with its options")
         choose(VERBS, verb[0], "verb")
-        for name, least in (("processes", 1), ("devices", 1), ("heartbeat", 1), ("restarts", 0)):
+        for name, least in (("processes", 1), ("devices", 1), ("heartbeat", 1), ("restarts", 0), ("nodes", 1), ("time", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}; allowed: {least} or more")
+        if args.engine != "local":
+            if not args.dry_run:
+                raise ValueError(
+                    f"--engine {args.engine} submits nothing; allowed: with --dry-run, whose output {ENGINES[args.engine]}"
+                )
+            print(given_to_cluster(args, ["python", "-m", f"research.{verb[0]}", *verb[1:]]), end="")
+            return 0
         command = [sys.executable, "-m", f"research.{verb[0]}", *verb[1:]]
+        if args.dry_run:
+            print(f"{args.processes} processes of {args.devices} devices: {shlex.join(command)}")
+            return 0
         return Job(command, args.processes, args.devices, args.heartbeat, args.restarts).run()
     return cli.FAILED
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         outcome, seconds = trained(experiment, workdir)
         if outcome.reason == INTERRUPTED:
             say(f"interrupted at step {int(outcome.state['step'])}: saved in {path}; the same command goes on")
-            return 0
+            return int(os.environ.get(processes.STOPPED, 0))
         if outcome.reason != loop.FINISHED:
             say(f"stopped at step {int(outcome.state['step'])}: {outcome.reason}")
         finish(experiment, workdir, outcome, seconds)

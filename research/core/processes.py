@@ -29,6 +29,7 @@ _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is notic
 _calls: collections.Counter[str] = collections.Counter()
 
 
+STOPPED = "GNOMON_STOPPED"  # the exit code that is wanted of a run that was asked to stop and has saved, where that is not 0
 LOST = 75  # the exit code of a process that cannot go on since another is gone
 _LOSSES = re.compile(r"Gloo|NCCL|coordination|heartbeat|UNAVAILABLE|connection (reset|closed|refused)", re.IGNORECASE)
 

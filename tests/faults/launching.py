@@ -20,13 +20,15 @@ HEARTBEAT = 5
 class Launched:
     """`gnomon launch` of the toy run, begun; what it has printed so far is in `log`."""
 
-    def __init__(self, workdir: Path, count: int = 2, *words: str, restarts: int = 0, devices: int = 1, config: str = TOY):
-        self.workdir, self.log = workdir, workdir.with_suffix(f".{time.monotonic_ns()}.log")
+    def __init__(
+        self, workdir: Path, count: int = 2, *words: str, restarts: int = 0, config: str = TOY, log: Path | None = None
+    ):
+        self.workdir, self.log = workdir, log or workdir.with_suffix(f".{time.monotonic_ns()}.log")
         kept = {
-            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.log.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        options = ["--processes", count, "--devices", devices, "--heartbeat", HEARTBEAT, "--restarts", restarts]
+        options = ["--processes", count, "--heartbeat", HEARTBEAT, "--restarts", restarts]
         train = ["train", "--config", config, "--workdir", workdir, *words]
         command = [sys.executable, "-m", "research", "launch", *options, "--", *train]
         with open(self.log, "w") as out:

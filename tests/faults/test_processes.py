@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from research.core.hooks import read_series
+from research.core.workdir import load_run
 from tests.faults.launching import HEARTBEAT, Launched, saved, saving
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -24,6 +28,10 @@ def folder(tmp_path_factory):
 def straight(folder) -> str:
     """The State that an uninterrupted run of two processes ends in."""
     return Launched(folder / "straight").finished()["state_sha256"]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return read_series(workdir / "metrics.jsonl")["train/loss"][1]
 
 
 @pytest.mark.parametrize(("index", "moment"), [(1, saved(10)), (0, saved(10)), (1, saving), (0, saving)],
@@ -55,7 +63,7 @@ def test_one_asked_to_stop_makes_all_save_at_one_step_and_end_well(folder, strai
     code, said = run.ended(30)
     assert code == 0 and "interrupted at step" in said and "start again" not in said, said
     stopped = int(said.split("interrupted at step ")[1].split(":")[0])
-    assert saved(stopped)(run.workdir) and stopped < 60
+    assert saved(stopped)(run.workdir) and stopped < 63
     run = Launched(folder / "polite", 2, "--config.pause=0.1")
     assert run.finished()["state_sha256"] == straight
     steps = read_series(run.workdir / "metrics.jsonl")["train/loss"][0]
@@ -79,3 +87,40 @@ def test_a_hang_in_the_data_of_one_is_reported_by_each_and_the_run_goes_on(folde
     said = run.said()
     assert all(f"[{i}] process {i} of 2: nothing for 3 s since step" in said for i in (0, 1)), said
     assert "[1]     time.sleep(stall.seconds)" in said and "[0]     time.sleep(stall.seconds)" not in said
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (3, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_and_sees_what_is_left_of_an_epoch_once(folder, straight, before, after):
+    folder = folder / f"{before}-{after}"
+    folder.mkdir()
+    run = Launched(folder / "run", before, "--config.pause=0.1")
+    run.when(saved(10))
+    os.kill(run.pid(0), signal.SIGTERM)
+    code, said = run.ended()
+    assert code == 0 and "interrupted at step" in said
+    run = Launched(folder / "run", after, "--config.pause=0.1")
+    run.finished()
+    np.testing.assert_array_equal(load_run(run.workdir).variables["state"]["seen"], 7)
+    np.testing.assert_allclose(losses(run.workdir)[-6:], losses(folder.parent / "straight")[-6:], rtol=1e-5)
+
+
+def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_used_next(folder, straight):
+    disk = folder / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        run = Launched(disk / "run", 2, "--config.pause=0.1", log=folder / "full.log")
+        run.when(saved(10))
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        code, said = run.ended()
+        assert code not in (0, None) and str(run.workdir) in said and "no space left" in said.lower(), said
+        assert "Traceback" not in said
+        (disk / "filler").unlink()
+        (kept,) = [int(p.name.split("-")[1]) for p in (run.workdir / "checkpoints").glob("0-*")][-1:]
+        run = Launched(disk / "run", 2, "--config.pause=0.1", log=folder / "again.log")
+        assert run.finished()["state_sha256"] == straight and kept < 63 and "damaged" not in run.said()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)

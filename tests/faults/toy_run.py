@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "steps": 60,
+            "steps": 63,  # seven epochs
             "every": 5,
             "pause": 0.0,  # seconds that every batch takes
             "stall": {"after": 0.0, "read": 0, "process": 0, "seconds": 0.0},  # who waits, at which of its reads, how long
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def task() -> Task:
     def init(key):
         params = {"w": jax.random.normal(key, (WIDTH, WIDTH)), "v": jax.random.normal(key, (WIDTH,))}
-        return {"params": params, "state": {}, "frozen": {}}
+        return {"params": params, "state": {"seen": jnp.zeros(RECORDS)}, "frozen": {}}
 
     def predict(variables, inputs, key):
         return jnp.tanh(inputs["inputs"] @ variables["params"]["w"]) @ variables["params"]["v"]
@@ -49,14 +49,15 @@ def task() -> Task:
         error = (predict(variables, batch, key) - batch["targets"]) ** 2
         weight = batch["mask"].sum()
         total = (error * batch["mask"]).sum()
-        return total / weight, Aux(variables["state"], {"mse": (total, weight)}, weight)
+        seen = variables["state"]["seen"].at[batch["record"]].add(batch["mask"])  # how often each record was trained on
+        return total / weight, Aux({"seen": seen}, {"mse": (total, weight)}, weight)
 
     inputs = Spec((BATCH, WIDTH), jnp.float32, ("batch",))
     row = Spec((BATCH,), jnp.float32, ("batch",))
-    axes = {"params": {"w": jax.P("embed"), "v": jax.P("embed")}, "state": {}, "frozen": {}}
-    return Task(
-        init, loss, {"predict": Method(predict, {"inputs": inputs})}, {"inputs": inputs, "targets": row, "mask": row}, axes
-    )
+    record = Spec((BATCH,), jnp.int32, ("batch",))
+    batch = {"inputs": inputs, "targets": row, "mask": row, "record": record}
+    axes = {"params": {"w": jax.P("embed"), "v": jax.P("embed")}, "state": {"seen": jax.P()}, "frozen": {}}
+    return Task(init, loss, {"predict": Method(predict, {"inputs": inputs})}, batch, axes, {"seen": "sum"})
 
 
 def example() -> Example:
@@ -82,7 +83,7 @@ class Slow:
         self._reads += 1
         if self._reads == stall.read and jax.process_index() == stall.process:
             time.sleep(stall.seconds)
-        return {"inputs": self._inputs[rows], "targets": self._inputs[rows].sum(1)}
+        return {"inputs": self._inputs[rows], "targets": self._inputs[rows].sum(1), "record": rows.astype(np.int32)}
 
 
 def build(config: ConfigDict) -> Experiment:
