@@ -33,7 +33,7 @@ MODEL = {
     "attention": {"mask": ["full()"], "implementation": ""}, "rope_base": 1e4, "qk_norm": 0.0, "mlp": "gelu", "mlp_width": 1536,
     "norm": "rms", "conv": 0, "dropout": 0.0, "ngrams": [], "ngram_bits": 4, "ngram_width": 4, "induction": [], "copy": False,
     "tie_embeddings": False, "embed_scale": 1.0, "embed_norm": False, "zero_init": False, "dtype": "float32",
-    "scan_layers": True, "remat": False,
+    "scan_layers": True, "remat": ["none"],
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def task(implementation: str):
         attention={"mask": ["full()"], "implementation": implementation}, rope_base=1e4, qk_norm=0.0, mlp="squared_relu",
         mlp_width=4 * WIDTH, norm="rms", conv=0, dropout=0.0, ngrams=[], ngram_bits=1, ngram_width=1, induction=[], copy=False,
         tie_embeddings=False, embed_scale=1.0, embed_norm=False, zero_init=False, dtype="float32", scan_layers=False,
-        remat=False,
+        remat=["none"],
     )  # fmt: skip
     return language_model(model, batch=BATCH, length=LENGTH, label_smoothing=0.0, z_loss=0.0)
 

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "zero_init": True,
         "dtype": "bfloat16",
         "scan_layers": False,
-        "remat": False,
+        "remat": ["none"],
     }
     config.stream = {"batch": 2, "length": 2048}
     config.optimizer = {

@@ -39,7 +39,7 @@ VIT = {
     "zero_init": True,
     "dtype": "float32",
     "scan_layers": False,
-    "remat": False,
+    "remat": ["none"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Transformer(Layer):
 
     def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, masks: tuple[Mask, ...],
                  ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
-                 tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: bool,
+                 tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: tuple[str, ...],
                  rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         self.dtype, self.context, self.layers, self.scan, self.remat = dtype, context, layers, scan, remat
@@ -36,7 +37,9 @@ class Transformer(Layer):
         recalls = bool(ngrams or induction)
         grams = (ngrams, ngram_bits, ngram_width)
         self.history = History(*grams, induction, vocab, width, dtype=dtype, rngs=rngs) if recalls else None
-        self.blocks = stack.build(lambda i, r: Block(block, masks[i], r), layers, len(masks), scan, rngs)
+        self.blocks = stack.build(
+            lambda i, r: Block(block, masks[i % len(masks)], r), layers, math.lcm(len(masks), len(remat)), scan, rngs
+        )
         self.norm = NORMS[block.norm](width, rngs=rngs)
         out_init = block.attention.out_init
         self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, init=out_init, rngs=rngs)
@@ -114,7 +117,7 @@ def transformer(
     zero_init: bool,
     dtype: str,
     scan_layers: bool,
-    remat: bool,
+    remat: Sequence[str],
 ) -> Functional:
     """A decoder-only transformer: pre-norm blocks, int32 [batch, length <= context] -> logits [batch, length, vocab].
 
@@ -133,7 +136,8 @@ def transformer(
     none; copy: each of these votes for its token in the logits, too. embed_norm: the sum of all embeddings is RMS-normalized.
 
     Computing. dtype: operands of products, float32 or bfloat16; parameters, sums and the residual stream are float32.
-    scan_layers: one scan over stacked layers. remat: recompute each block when going backward.
+    scan_layers: one scan over stacked layers. remat: what is kept of a layer for the backward pass, names of `nn.stack.REMAT`,
+    one a layer, repeated; none keeps all of it, full nothing, which computes it again.
 
     Raises ValueError, naming the config's key, for sizes that cannot work.
     """
@@ -152,6 +156,7 @@ def transformer(
         if not 1 <= ngram_bits <= 24:
             raise ValueError(f"model.ngram_bits={ngram_bits} must be at least 1 and at most 24")
     masks, implementation = layered(attention, layers, heads, causal=True)
+    stack.pattern(layers, len(masks), remat)
     block = BlockConfig(
         AttentionConfig(
             width, heads, kv_heads, head_dim or width // heads, rope_base, qk_norm,
@@ -176,7 +181,7 @@ def transformer(
             embed_scale,
             embed_norm,
             scan_layers,
-            remat,
+            tuple(remat),
             rngs,
         )  # fmt: skip
     )

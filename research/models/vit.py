@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,14 +25,16 @@ class ViT(Layer):
     over patches in place of a class token (Beyer et al. 2022, arXiv 2205.01580)."""
 
     def __init__(self, block: BlockConfig, shape: Sequence[int], outputs: int, patch: int, layers: int,
-                 masks: tuple[Mask, ...], scan: bool, remat: bool, rngs: nnx.Rngs):  # fmt: skip
+                 masks: tuple[Mask, ...], scan: bool, remat: tuple[str, ...], rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         height, across, channels = shape
         self.patch, self.scan, self.remat = patch, scan, remat
         self.embed = Linear(patch * patch * channels, width, (None, "embed"), bias=True, dtype=dtype, rngs=rngs)
         count = height // patch * (across // patch)
         self.position = param(jax.random.normal(rngs.params(), (count, width)) * 0.02, None, "embed")
-        self.blocks = stack.build(lambda i, r: Block(block, masks[i], r), layers, len(masks), scan, rngs)
+        self.blocks = stack.build(
+            lambda i, r: Block(block, masks[i % len(masks)], r), layers, math.lcm(len(masks), len(remat)), scan, rngs
+        )
         self.norm = NORMS[block.norm](width, rngs=rngs)
         self.head = Linear(width, outputs, ("embed", None), bias=True, dtype=dtype, init=block.attention.out_init, rngs=rngs)
 
@@ -65,7 +68,7 @@ def vit(
     zero_init: bool,
     dtype: str,
     scan_layers: bool,
-    remat: bool,
+    remat: Sequence[str],
 ) -> Functional:
     """A vision transformer, float32 [batch, *shape] -> [batch, outputs]; shape: (height, width, channels), in patch x patch
     squares.
@@ -82,7 +85,8 @@ def vit(
     checks.divisible("model.width", width, "model.heads", heads)
     out_init = "zeros" if zero_init else "normal"
     masks, implementation = layered(attention, layers, heads, causal=False)
+    stack.pattern(layers, len(masks), remat)
     attending = AttentionConfig(width, heads, heads, width // heads, 0.0, qk_norm, out_init, dtype, implementation)
     block = BlockConfig(attending, mlp, mlp_width, norm, 0, dropout)
     block.check()
-    return functional(lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, masks, scan_layers, remat, rngs))
+    return functional(lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, masks, scan_layers, tuple(remat), rngs))

@@ -9,7 +9,8 @@ Where the mesh in use lays "layers" over some of its axes, the scanned layers ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.core.mesh import axes_of
+from research.core.names import choose
 from research.core.types import Spec, Tree
 from research.nn.functional import AXES
 from research.nn.pipeline import pipelined
 
 Make = Callable[[int, nnx.Rngs], nnx.Module]
+
+# What a layer keeps for the backward pass, from most to least; the rest is computed again there (Chen et al. 2016,
+# arXiv 1604.06174). The carry between layers is always kept.
+REMAT: Mapping[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,  # results of products
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of products with parameters
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _remembering(layer: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`layer(graphdef, …)`, of which only what REMAT[name] says is kept for the backward pass."""
+    return layer if name == "none" else jax.checkpoint(layer, policy=REMAT[name], static_argnums=0)
 
 
 def _stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -36,6 +52,22 @@ def _stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs)
     return nnx.merge(graphdef, nnx.from_flat_state(named))
 
 
+def pattern(layers: int, masks: int, remat: Sequence[str]) -> int:
+    """After how many layers they repeat, given how many masks and which names of REMAT do. Raises ValueError, naming the
+    config's key."""
+    if not remat:
+        raise ValueError(f"model.remat=[] must have a name or more, one a layer; allowed: {', '.join(REMAT)}")
+    for name in remat:
+        choose(REMAT, name, "model.remat")
+    period = math.lcm(masks, len(remat))
+    if layers % period:
+        raise ValueError(
+            f"model.layers={layers} must be a multiple of {period}, after which {masks} masks of model.attention.mask and "
+            f"{len(remat)} names of model.remat repeat"
+        )
+    return period
+
+
 def build(make: Make, layers: int, period: int, scan: bool, rngs: nnx.Rngs) -> nnx.List:
     """The layers, `layers` a multiple of `period`."""
     if not scan:
@@ -44,12 +76,18 @@ def build(make: Make, layers: int, period: int, scan: bool, rngs: nnx.Rngs) -> n
 
 
 def run(
-    blocks: nnx.List, step: Callable[..., tuple[Any, Tree]], carry: Any, xs: Tree = None, *, scan: bool, remat: bool = False
+    blocks: nnx.List,
+    step: Callable[..., tuple[Any, Tree]],
+    carry: Any,
+    xs: Tree = None,
+    *,
+    scan: bool,
+    remat: Sequence[str] = ("none",),
 ):
     """carry, y = step(block, carry, x) over all layers; (carry, ys). xs and ys are {"i": of list entry i}, stacked where
     scanned.
 
-    remat: keep only the carry between layers for the backward pass, and compute the inside of a layer again there.
+    remat: names of REMAT, one a list entry, repeated.
 
     Without xs, and under a mesh that lays "layers" over its axes, the layers are a pipeline: every leaf of the carry begins
     with the batch, and random numbers differ by layer and microbatch. Raises ValueError (one line) where they cannot be one:
@@ -64,15 +102,14 @@ def run(
         carry, y = step(block, carry, x)
         return carry, y, nnx.state(block)
 
-    if remat:
-        pure = jax.checkpoint(pure, static_argnums=0)
     parts = [nnx.split(block) for block in blocks]
+    layers = [_remembering(pure, remat[i % len(remat)]) for i in range(len(parts))]
 
     def period(carry, states_and_xs):
         states, xs = states_and_xs
         ys, after = {}, []
         for i, (graphdef, _) in enumerate(parts):
-            carry, ys[str(i)], state = pure(graphdef, states[i], carry, xs[str(i)])
+            carry, ys[str(i)], state = layers[i](graphdef, states[i], carry, xs[str(i)])
             after.append(state)
         return carry, (ys, after)
 
@@ -84,7 +121,7 @@ def run(
 
 
 def _pipelined(
-    blocks: nnx.List, step: Callable[..., tuple[Any, Tree]], carry: Any, scan: bool, remat: bool
+    blocks: nnx.List, step: Callable[..., tuple[Any, Tree]], carry: Any, scan: bool, remat: Sequence[str]
 ) -> tuple[Any, Tree]:
     """`run` as stages of a pipeline."""
     if not scan:
@@ -105,12 +142,11 @@ def _pipelined(
             raise ValueError("mesh.pipeline above 1: layers give outputs beside the carry; allowed: None")
         return carry
 
-    if remat:
-        layer = jax.checkpoint(layer, static_argnums=0)
+    of_entry = [_remembering(layer, remat[i % len(remat)]) for i in range(len(parts))]
 
     def layers(states, carry, microbatch):
         def period(carry, states):
-            for (graphdef, *_), state in zip(parts, states, strict=True):
+            for layer, (graphdef, *_), state in zip(of_entry, parts, states, strict=True):
                 carry = layer(graphdef, state, carry)
             return carry, None
 

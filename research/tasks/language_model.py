@@ -67,6 +67,6 @@ def example() -> Example:
         attention={"mask": ["window(2, 0)", "full()"], "implementation": ""}, rope_base=1e4, qk_norm=1.0, mlp="swiglu",
         mlp_width=12, norm="rms", conv=0, dropout=0.0, ngrams=[2], ngram_bits=4, ngram_width=4, induction=[2], copy=True,
         tie_embeddings=False, embed_scale=1.0, embed_norm=True, zero_init=False, dtype="float32", scan_layers=False,
-        remat=False,
+        remat=["none"],
     )  # fmt: skip
     return Example(language_model(model, batch=4, length=8, label_smoothing=0.0, z_loss=0.0))

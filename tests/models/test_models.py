@@ -20,7 +20,7 @@ CNN = {"shape": [9, 9, 2], "outputs": 3, "widths": [4, 6], "blocks": 2, "normali
        "dropout": 0.0, "dtype": "float32", "convolution": "lax"}  # fmt: skip
 VIT = {"shape": [8, 4, 1], "outputs": 3, "patch": 4, "width": 8, "layers": 2, "heads": 2, "qk_norm": 1.0, "mlp": "gelu",
        "mlp_width": 16, "norm": "layer", "dropout": 0.0, "zero_init": False, "dtype": "float32",
-       "attention": {"mask": ["full()"], "implementation": ""}, "scan_layers": False, "remat": False}  # fmt: skip
+       "attention": {"mask": ["full()"], "implementation": ""}, "scan_layers": False, "remat": ["none"]}  # fmt: skip
 GRU = {"shape": [6, 2], "outputs": 3, "hidden": 4, "layers": 2, "bidirectional": True, "readout": "last", "init": "uniform",
        "dtype": "float32", "unroll": 3}  # fmt: skip
 SERIES = {"shape": [40], "outputs": 10, "widths": [4, 5], "windows": [5, 3], "stride": 2, "padding": 1, "init": "uniform",

@@ -18,7 +18,7 @@ MODEL = {
     "attention": {"mask": ["window(7, 0)", "full()"], "implementation": ""}, "rope_base": 1e4, "qk_norm": 1.0, "mlp": "swiglu",
     "mlp_width": 16, "norm": "rms", "conv": 2, "dropout": 0.0, "ngrams": [2], "ngram_bits": 4, "ngram_width": 4,
     "induction": [2], "copy": True, "tie_embeddings": False, "embed_scale": 1.0, "embed_norm": True, "zero_init": False,
-    "dtype": "float32", "scan_layers": False, "remat": False,
+    "dtype": "float32", "scan_layers": False, "remat": ["none"],
 }  # fmt: skip
 DENSE = {"mask": ["window(7, 0) | global_tokens(2)", "full()"], "implementation": "reference"}
 

@@ -19,7 +19,7 @@ BASE = {
     "vocab": 5, "context": 12, "width": 8, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 0, "rope_base": 1e4,
     "qk_norm": 0.0, "mlp": "squared_relu", "mlp_width": 12, "norm": "rms", "conv": 0, "dropout": 0.0, "ngrams": [],
     "ngram_bits": 4, "ngram_width": 4, "induction": [], "copy": False, "tie_embeddings": False, "embed_scale": 1.0,
-    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": False,
+    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": ["none"],
 }  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_dropout_is_on_in_training_only():
     "options, says",
     [
         ({}, "jvp(blocks/1)/mlp"),
-        ({"remat": True}, "blocks/1)/mlp"),
+        ({"remat": ["full"]}, "blocks/1)/mlp"),
         ({"scan_layers": True}, "iteration 1: square, blocks/0/mlp"),
     ],
     ids=["written out", "recomputed", "scanned"],
@@ -260,3 +260,29 @@ def test_what_cannot_be_built_is_refused_in_one_line_by_key(options, message):
         transformer(**BASE | {"attention": attention(GLOBAL)} | options)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_less_of_a_layer_is_kept_the_less_memory_a_step_takes():
+    given = tokens(4, 256)
+
+    def memory(remat):
+        f = model(layers=8, scan_layers=True, remat=remat, context=256, width=64, mlp_width=256)
+        variables = f.init(KEY)
+        step = jax.grad(lambda params: jnp.sum(f.apply({**variables, "params": params}, given)[0] ** 2))
+        return jax.jit(step).lower(variables["params"]).compile().memory_analysis().temp_size_in_bytes
+
+    none, half, weights, full = (memory(remat) for remat in (["none"], ["none", "full"], ["weights"], ["full"]))
+    assert full < 0.5 * weights and weights < 0.75 * none and full < half < none
+
+
+@pytest.mark.parametrize(
+    "remat, said",
+    [
+        (["ful"], r"model.remat='ful' is unknown; allowed: .*; nearest: 'full'"),
+        ([], r"model.remat=\[\] must have a name"),
+        (["none", "full", "none"], "model.layers=2 must be a multiple of 3, after which"),
+    ],
+)
+def test_what_a_layer_keeps_is_one_of_the_names(remat, said):
+    with pytest.raises(ValueError, match=said):
+        model(remat=remat)

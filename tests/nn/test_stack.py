@@ -40,7 +40,7 @@ class Model(nnx.Module):
         return stack.cache_specs(self.blocks, lambda block: Spec((3,), jnp.float32, ("embed",)), 6, self.scan)
 
 
-def made(scan, remat=False):
+def made(scan, remat=("none",)):
     return functional(lambda r: Model(6, scan, remat, r))
 
 
@@ -93,9 +93,11 @@ def test_layers_draw_apart_and_from_the_key(scan):
     assert not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(other[1]), jax.tree.leaves(inputs), strict=True))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_rematerialization_changes_no_value_and_no_gradient(scan):
-    plain, again = made(scan), made(scan, remat=True)
+@pytest.mark.parametrize(
+    "scan, remat", [(False, ["full"]), (True, ["full"]), (True, ["dots"]), (True, ["weights"]), (True, ["none", "full"])]
+)
+def test_rematerialization_changes_no_value_and_no_gradient(scan, remat):
+    plain, again = made(scan), made(scan, remat)
     variables = plain.init(KEY)
 
     def both(f):

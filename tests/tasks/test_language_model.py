@@ -19,7 +19,7 @@ MODEL = {
     "attention": {"mask": ["window(3, 0)", "full()"], "implementation": ""},
     "rope_base": 1e4, "qk_norm": 1.0, "mlp": "gelu", "mlp_width": 12, "norm": "rms", "conv": 2, "dropout": 0.0, "ngrams": [2],
     "ngram_bits": 4, "ngram_width": 4, "induction": [1], "copy": True, "tie_embeddings": False, "embed_scale": 1.0,
-    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": False,
+    "embed_norm": False, "zero_init": False, "dtype": "float32", "scan_layers": False, "remat": ["none"],
 }  # fmt: skip
 
 
