@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from research import cli
+from research.core import processes
 from research.core.config import parse_overrides
 from research.core.evaluate import evaluator_run
 from research.core.mesh import entered
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
     with cli.one_line_errors("evaluate"):
+        processes.join()
         overrides = parse_overrides(rest)
         experiment, run, variables, path = opened(args, overrides)
         evaluations = dict(experiment.evaluations)
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, evaluation in evaluations.items():
                 values = evaluator_run(evaluation, experiment.mesh)(variables, jax.random.key(experiment.seed))
                 results |= {f"{name}/{k}": v for k, v in values.items()}
+        if processes.index():
+            return 0
         print(
             cli.table(
                 Table(f"{path}, step {run.saved.step}", ("name", "value"), [(k, cli.shown(v)) for k, v in results.items()])
