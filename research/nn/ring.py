@@ -254,8 +254,9 @@ def _backward(call: Call, saved, cotangents):
             places = (cell.q_at, cell.kv_at, cell.kv_at)
             return tuple(_put(x, _piece(x, at, size) + y.astype(x.dtype), at) for x, y, at in zip(sums, more, places))
 
-        d_q, *gathered = _over_cells(call, t, r, add, (d_q, *gathered))
-        return (coming, gathered, d_q), None
+        # apart from what is on its way, so that nothing waits for that
+        d_q, *fresh = _over_cells(call, t, r, add, (d_q, *(jnp.zeros_like(x) for x in gathered)))
+        return (coming, [x + y for x, y in zip(gathered, fresh)], d_q), None
 
     d_q, d_k, d_v = (jnp.zeros_like(x, _sums(x)) for x in (q, k, v))
     start = (call.moved((k, v, ids), ring.first), [d_k, d_v], d_q)

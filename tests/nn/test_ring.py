@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from pallas_kernels.attention import block_mask, masks, sparse_attention
 from research.core.collectives import collectives, totals
+from research.nn import ring_plan
 from research.nn.ring import ring_attention
 from research.nn.ring_plan import contiguous, plan, planned
 from tests.pallas_kernels.attention.cases import made
@@ -122,7 +123,7 @@ def check(mask, options, n):
 
 @pytest.mark.parametrize(
     "mask, options, n",
-    [("causal", "all", 4), ("window", "plain", 8), ("global tokens", "one key head", 2), ("full", "segments", 2),
+    [("causal", "all", 4), ("window", "plain", 8), ("global tokens", "one key head", 2), slow("full", "segments", 2),
      ("documents by sequence", "plain", 2), ("some see nothing", "plain", 4), ("nothing", "plain", 4),
      *(slow(mask, options, 4) for mask in ("causal", "window to both sides") for options in OPTIONS),
      *(slow(mask, "plain", n) for mask in MASKS for n in (2, 4, 8)),
@@ -130,6 +131,20 @@ def check(mask, options, n):
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_one_device(mask, options, n):
     check(mask, options, n)
+
+
+@pytest.mark.parametrize("implementation", ["reference", slow("xla")])
+def test_places_that_are_data_give_the_same(implementation, monkeypatch):
+    """As where a mask has many kinds of pieces: a program for every piece of keys, the place of the queries an argument."""
+    mask = (masks.causal() | masks.prefix(19)) & masks.document(MIXED)
+    monkeypatch.setattr(ring_plan, "MOST_CASES", 1)
+    ring_plan.plan.cache_clear()
+    ring = plan(mask, LENGTH, 2)
+    assert ring.zigzag and len(ring.cases) == 4 and not any(case.placed for case in ring.cases)
+    of, segments, rest = given_as("all")
+    got = results(in_a_ring(mask, 2, implementation=implementation, **rest), of, segments)
+    near(got, results(on_one_device(mask, implementation="reference", **rest), of, segments))
+    ring_plan.plan.cache_clear()
 
 
 @pytest.mark.slow
