@@ -32,12 +32,13 @@ def check_fits(config: Any, layout: Layout | None, learner: Learner) -> None:
     rows = next((s.shape[s.axes.index("batch")] for s in jax.tree.leaves(learner.batch) if "batch" in s.axes), 0)
     wrap = config.estimate.wrap if "wrap" in config.estimate else ()
     n = config.estimate.accumulated.n if "accumulated" in wrap else 1
-    _check_cut("estimate.accumulated.n", n, "stream.batch", rows, layout)
+    batch = f"stream.batch={rows}"
+    _check_cut("estimate.accumulated.n", n, batch, rows, layout)
     if layout.parts("layers") > 1:
         _check_stages(config, layout, learner)
         cut = "pipeline.microbatches", layout.pipeline.microbatches
-        _check_cut(*cut, "stream.batch" if n == 1 else "stream.batch / estimate.accumulated.n", rows // n, layout)
-        _check_cut(*cut, "evaluate.batch", config.evaluate.batch, layout)
+        _check_cut(*cut, batch if n == 1 else f"{batch} / estimate.accumulated.n={n}", rows // n, layout)
+        _check_cut(*cut, f"evaluate.batch={config.evaluate.batch}", config.evaluate.batch, layout)
 
 
 def _check_cut(name: str, n: int, batch: str, rows: int, layout: Layout) -> None:
@@ -48,7 +49,7 @@ def _check_cut(name: str, n: int, batch: str, rows: int, layout: Layout) -> None
     fitting = [k for k in range(1, rows + 1) if rows % (k * data) == 0]
     nearest = f"; nearest: {min(fitting, key=lambda k: abs(k - n))}" if fitting else ""
     over = f", over which the mesh lays them {data} ways" if data > 1 else ""
-    raise ValueError(f"{name}={n} does not cut {batch}={rows} into equal microbatches{over}{nearest}")
+    raise ValueError(f"{name}={n} does not cut {batch} into equal microbatches{over}{nearest}")
 
 
 def _check_stages(config: Any, layout: Layout, learner: Learner) -> None:
