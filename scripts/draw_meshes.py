@@ -1,7 +1,4 @@
-"""Draws docs/meshes.png: which mesh axis cuts which dimension of which array, by the default rules.
-
-    .venv/bin/python scripts/draw_meshes.py
-"""
+"""Draws docs/meshes.png: which mesh axis cuts which dimension of which array, by the default rules."""
 
 from __future__ import annotations
 
