@@ -25,7 +25,7 @@ def main() -> None:
             sys.stdout.write(line(rest) + "\n")
             return
         head = re.match(r"[IWE]\d{4} ", shown)
-        noise = bool(NOISE.match(shown)) or (noise and not head and bool(re.match(r"\d|The tasks have crashed", shown)))
+        noise = bool(NOISE.search(shown)) or (noise and not head and bool(re.match(r"\d|The tasks have crashed", shown)))
         if not noise:
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()

@@ -12,6 +12,8 @@ import functools
 import threading
 from collections.abc import Callable
 
+import jax
+
 from research.core import processes
 
 _ASKED, _ENDED, _FOREVER = "asked", "ended", 7 * 24 * 3600 * 1000  # milliseconds
@@ -43,9 +45,12 @@ class _Agreement:
             return self._last is not None and self._passed > self._last
 
     def _listen(self) -> None:
-        if processes.store().blocking_key_value_get(_key(processes.index()), _FOREVER) == _ASKED:
-            with self._lock:
-                self._last = processes.exchange("halt", self._passed, max)
+        try:
+            if processes.store().blocking_key_value_get(_key(processes.index()), _FOREVER) == _ASKED:
+                with self._lock:
+                    self._last = processes.exchange("halt", self._passed, max)
+        except jax.errors.JaxRuntimeError:
+            return  # the store is gone with process 0, and this process ends of that
 
     def _end(self) -> None:
         """A thread that waits in C++ must not outlive Python."""

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -223,6 +224,7 @@ def end(code: int) -> NoReturn:
             client.key_value_set(f"gnomon/left/{index()}", "", allow_overwrite=True)
         for i in range(1, count()) if index() == 0 else ():
             client.blocking_key_value_get(f"gnomon/left/{i}", 2000)
+        time.sleep(0.0 if index() else 0.5)  # they are on their way out
     except jax.errors.JaxRuntimeError:  # that one is gone already, or goes on until it misses this process
         pass
     sys.stdout.flush()
