@@ -35,8 +35,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Compiling is most of the time: `make test` leaves out LLVM's optimizations, `make slow` and the processes that tests start
-    do not."""
+    """Compiling is most of the time: `make test` leaves out LLVM's optimizations, `make slow` and the processes that tests
+    start do not."""
     jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
 
 

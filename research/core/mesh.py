@@ -171,8 +171,8 @@ def pipeline_in_use() -> Pipeline:
 
 
 def spec_of(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """How the layout in use cuts an activation: of two dimensions that want one mesh axis the first has it, and a dimension that
-    does not divide is left whole. Both are matters of time and memory only."""
+    """How the layout in use cuts an activation: of two dimensions that want one mesh axis the first has it, and one that does
+    not divide is left whole. Both are matters of time and memory only."""
     used: set[str] = set()
     out: list[Any] = []
     for name, size in zip(names, shape, strict=True):

@@ -54,6 +54,10 @@ def plain_config(config: Any) -> dict[str, Any]:
     return files.plain(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
+# Sections of a config that say where a run takes place, not what it computes: it may go on elsewhere.
+PLACES = ("mesh", "rules", "pipeline")
+
+
 def differences(was: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """["model.width: was 192, given 256", …] of two plain configs, in order of key."""
     a, b = dict(flat(was)), dict(flat(given))
@@ -195,13 +199,14 @@ class Workdir:
         if overwrite or not _trained(path):
             return NEW, [], True
         changed = differences(read_json(path / "config.json"), given)
-        if changed and not resume:
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        other = [change for change in changed if change.split(".")[0] not in PLACES]
+        if other and not resume:
+            more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
             raise ValueError(
-                f"workdir {path} holds a run of another config: {changed[0]}{more}; "
+                f"workdir {path} holds a run of another config: {other[0]}{more}; "
                 "allowed: --resume, --overwrite, another --workdir"
             )
-        finished = not changed and (path / "summary.json").exists()
+        finished = not other and (path / "summary.json").exists()
         return FINISHED if finished else UNFINISHED, changed, overwrite
 
     def begin(self) -> None:

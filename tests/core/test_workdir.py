@@ -133,6 +133,19 @@ def test_resume_goes_on_under_the_new_config_and_remembers_the_old(tmp_path):
     assert Checkpoints(tmp_path / "a" / "checkpoints").latest().step == 20
 
 
+def test_a_run_goes_on_on_another_mesh_without_being_asked_to(tmp_path):
+    elsewhere = {**CONFIG, "mesh": {"fsdp": 8}}
+    trained(tmp_path / "a", finish=False)
+    with Workdir.create(tmp_path / "a", elsewhere) as workdir:
+        assert workdir.status == UNFINISHED and workdir.changed == ["mesh.fsdp: was absent, given 8"]
+        workdir.begin()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["mesh"] == {"fsdp": 8}
+    with pytest.raises(ValueError, match=r"another config: model\.width: was 192, given 256; allowed"):
+        Workdir.create(tmp_path / "a", {**OTHER, "mesh": {"fsdp": 4}})
+    trained(tmp_path / "b")
+    assert Workdir.create(tmp_path / "b", elsewhere).status == FINISHED
+
+
 def test_overwrite_deletes_the_run_at_begin_and_only_what_is_the_runs(tmp_path):
     trained(tmp_path / "a")
     (tmp_path / "a" / "notes.txt").write_text("mine")

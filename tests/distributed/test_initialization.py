@@ -15,8 +15,8 @@ from research.tasks import language_model
 from tests.models.test_on_a_mesh import DENSE, MODEL
 
 WIDE = {
-    "width": 512, "mlp_width": 2048, "layers": 4, "vocab": 256, "scan_layers": True, "ngrams": [], "induction": [], "copy": False,
-    "conv": 0, "attention": DENSE,
+    "width": 512, "mlp_width": 2048, "layers": 4, "vocab": 256, "scan_layers": True, "ngrams": [], "induction": [],
+    "copy": False, "conv": 0, "attention": DENSE,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""A whole language model with its sequences cut over devices computes what it computes on one: attention goes in a ring, and the
-compiler lays out what stands around it (rotary positions, short convolutions, hashed n-grams, induction, the loss)."""
+"""A whole language model with its sequences cut over devices computes what it computes on one.
+
+Attention goes in a ring; the compiler lays out what stands around it: positions, convolutions, n-grams, induction, the loss.
+"""
 
 import functools
 
