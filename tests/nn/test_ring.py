@@ -125,9 +125,9 @@ def check(mask, options, n):
     "mask, options, n",
     [("causal", "all", 4), ("window", "plain", 8), ("global tokens", "one key head", 2), slow("full", "segments", 2),
      ("documents by sequence", "plain", 2), ("some see nothing", "plain", 4), ("nothing", "plain", 4),
-     *(slow(mask, options, 4) for mask in ("causal", "window to both sides") for options in OPTIONS),
-     *(slow(mask, "plain", n) for mask in MASKS for n in (2, 4, 8)),
-     *(slow(mask, "all", 8) for mask in MASKS)],
+     *(slow("causal", options, 4) for options in OPTIONS if options not in ("plain", "all")),
+     *(slow(mask, "plain", (2, 4, 8)[i % 3]) for i, mask in enumerate(MASKS)),
+     *(slow(mask, "all", (8, 4)[i % 2]) for i, mask in enumerate(MASKS) if mask != "causal")],
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_one_device(mask, options, n):
     check(mask, options, n)
