@@ -11,7 +11,7 @@ import pytest
 from research.core.mesh import make_layout
 from tests.models.test_on_a_mesh import language, steps
 
-SCANNED = {"scan_layers": True, "remat": True}
+SCANNED = {"scan_layers": True, "remat": ["full"]}
 
 
 @functools.cache
