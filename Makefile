@@ -29,7 +29,7 @@ export JUPYTER_RUNTIME_DIR := $(cache)/jupyter/runtime
 help:
 	@echo "make train           train a language model on Python's own library, and compare it with gzip, bz2 and xz (4 minutes)"
 	@echo "make train CONFIG=c  train another config"
-	@echo "make test            run the test suite (10 minutes on 2 cores), with coverage"
+	@echo "make test            run the test suite, with coverage"
 	@echo "make slow            run what is too slow for make test"
 	@echo "make lint            ruff and mypy"
 	@echo "make aot             compile every kernel for TPUs and GPUs that are not here (ARGS=--quick, or ARGS='--targets v6e,H100')"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 
-gc.set_threshold(100_000, 50, 1000)  # traces and compiled programs are many long-lived objects: by default a fifth of the time
+gc.set_threshold(100_000, 50, 1000)  # traces are many long-lived objects, gone through at every collection
 os.environ["JAX_PLATFORMS"] = "cpu"
 for name in ("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEFAULT_MATMUL_PRECISION"):
     os.environ.pop(name, None)
@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Compiling is most of the time: `make test` leaves out LLVM's optimizations, `make slow` and the processes that tests
+    """Compiling takes long: `make test` leaves out LLVM's optimizations, `make slow` and the processes that tests
     start do not."""
     jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not slow")
 

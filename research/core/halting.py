@@ -16,7 +16,7 @@ import jax
 
 from research.core import processes
 
-_ASKED, _ENDED, _FOREVER = "asked", "ended", 7 * 24 * 3600 * 1000  # milliseconds
+_ASKED, _ENDED = "asked", "ended"
 
 
 def _key(index: int) -> str:
@@ -46,7 +46,7 @@ class _Agreement:
 
     def _listen(self) -> None:
         try:
-            if processes.store().blocking_key_value_get(_key(processes.index()), _FOREVER) == _ASKED:
+            if processes.store().blocking_key_value_get(_key(processes.index()), processes.FOREVER) == _ASKED:
                 with self._lock:
                     self._last = processes.exchange("halt", self._passed, max)
         except jax.errors.JaxRuntimeError:

@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         out: list[Any] = []
         for i, size in enumerate(shape):
             name = axes[i] if i < len(axes) else None
-            over = tuple(a for a in self.rules.get(name, ()) if self.mesh.shape.get(a, 1) > 1) if name else ()
+            over = tuple(a for a in self.rules.get(name, ()) if a in self.mesh.shape) if name else ()
             for a in over:
                 if a in used:
                     raise ValueError(f"mesh axis {a!r} is used twice on {what} {tuple(shape)}: dimensions {used[a]} and {i}")
@@ -98,7 +98,8 @@ class Layout(NamedTuple):
 def make_layout(
     sizes: Mapping[str, int], rules: Mapping[str, Sequence[str]] = RULES, pipeline: Pipeline = Pipeline()
 ) -> Layout | None:
-    """A Layout over the first prod(sizes) devices; one size may be -1 (all that are left). None where every size is 1.
+    """A Layout over the first prod(sizes) devices; one size may be -1 (all that are left). Its mesh has the axes whose size is
+    above 1; None where there are none.
 
     Raises ValueError on an unknown axis, or sizes that the devices at hand cannot make up.
     """
@@ -120,8 +121,10 @@ def make_layout(
         )
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
+    # Axes of one device are left out: a shard_map over them would sum gradients over nobody, in a collective of its own.
+    sizes = {axis: n for axis, n in sizes.items() if n > 1}
     total = math.prod(sizes.values())
-    if total == 1:
+    if not sizes:
         return None
     # Auto axes: under Explicit ones, the default of jax.make_mesh, embedding look-ups raise.
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total])
@@ -145,12 +148,12 @@ def entered(layout: Layout | None) -> Iterator[None]:
 def _free(layout: Layout) -> dict[str, int]:
     """The mesh axes that a layer may still talk or lay out over, with their sizes: within `jax.shard_map` not those it took."""
     taken = jax.sharding.get_abstract_mesh().manual_axes
-    return {a: n for a, n in layout.mesh.shape.items() if n > 1 and a not in taken}
+    return {a: n for a, n in layout.mesh.shape.items() if a not in taken}
 
 
 def axes_of(name: str) -> tuple[str, ...]:
-    """The mesh axes that the layout in use lays the logical `name` over; () without one, or where they are of size 1, or within
-    a `jax.shard_map` that took them."""
+    """The mesh axes that the layout in use lays the logical `name` over, () if none; within a `jax.shard_map` not those that it
+    took."""
     layout = _IN_USE.get()
     if layout is None:
         return ()

@@ -26,9 +26,8 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 COORDINATOR, COUNT, INDEX, HEARTBEAT = "GNOMON_COORDINATOR", "GNOMON_PROCESSES", "GNOMON_PROCESS", "GNOMON_HEARTBEAT"
-_FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat, long before
+FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat, long before
 _calls: collections.Counter[str] = collections.Counter()
-
 
 STOPPED = "GNOMON_STOPPED"  # the exit code that is wanted of a run that was asked to stop and has saved, where that is not 0
 LOST = 75  # the exit code of a process that cannot go on since another is gone
@@ -119,10 +118,10 @@ def exchange(name: str, value: Any, verdict: Callable[[list[Any]], Any] = list) 
     if index():
         client.key_value_set(f"{here}/{index()}", json.dumps(value))
     else:
-        others = [json.loads(client.blocking_key_value_get(f"{here}/{i}", _FOREVER)) for i in range(1, count())]
+        others = [json.loads(client.blocking_key_value_get(f"{here}/{i}", FOREVER)) for i in range(1, count())]
         client.key_value_set(f"{here}/verdict", json.dumps(verdict([value, *others])))
         client.key_value_delete(before)  # whoever came to this exchange has left the one before
-    return json.loads(client.blocking_key_value_get(f"{here}/verdict", _FOREVER))
+    return json.loads(client.blocking_key_value_get(f"{here}/verdict", FOREVER))
 
 
 def loss_of_peer(error: BaseException) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from research.nn.norms import NORMS
 class Transformer(Layer):
     """int32 tokens [batch, length] -> float32 logits [batch, length, vocab]."""
 
-    def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, masks: tuple[Mask, ...],
+    def __init__(self, block: BlockConfig, vocab: int, context: int, layers: int, period: int, masks: tuple[Mask, ...],
                  ngrams: Sequence[int], ngram_bits: int, ngram_width: int, induction: Sequence[int], copy: bool,
                  tie_embeddings: bool, embed_scale: float, embed_norm: bool, scan: bool, remat: tuple[str, ...],
                  rngs: nnx.Rngs):  # fmt: skip
@@ -37,9 +36,7 @@ class Transformer(Layer):
         recalls = bool(ngrams or induction)
         grams = (ngrams, ngram_bits, ngram_width)
         self.history = History(*grams, induction, vocab, width, dtype=dtype, rngs=rngs) if recalls else None
-        self.blocks = stack.build(
-            lambda i, r: Block(block, masks[i % len(masks)], r), layers, math.lcm(len(masks), len(remat)), scan, rngs
-        )
+        self.blocks = stack.build(lambda i, r: Block(block, masks[i % len(masks)], r), layers, period, scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         out_init = block.attention.out_init
         self.head = None if tie_embeddings else Linear(width, vocab, ("embed", "vocab"), dtype=dtype, init=out_init, rngs=rngs)
@@ -156,7 +153,7 @@ def transformer(
         if not 1 <= ngram_bits <= 24:
             raise ValueError(f"model.ngram_bits={ngram_bits} must be at least 1 and at most 24")
     masks, implementation = layered(attention, layers, heads, causal=True)
-    stack.pattern(layers, len(masks), remat)
+    period = stack.pattern(layers, len(masks), remat)
     block = BlockConfig(
         AttentionConfig(
             width, heads, kv_heads, head_dim or width // heads, rope_base, qk_norm,
@@ -171,6 +168,7 @@ def transformer(
             vocab,
             context,
             layers,
+            period,
             masks,
             tuple(ngrams),
             ngram_bits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ class ViT(Layer):
     """float32 [batch, height, width, channels] -> [batch, outputs] (Dosovitskiy et al. 2020, arXiv 2010.11929), with the mean
     over patches in place of a class token (Beyer et al. 2022, arXiv 2205.01580)."""
 
-    def __init__(self, block: BlockConfig, shape: Sequence[int], outputs: int, patch: int, layers: int,
+    def __init__(self, block: BlockConfig, shape: Sequence[int], outputs: int, patch: int, layers: int, period: int,
                  masks: tuple[Mask, ...], scan: bool, remat: tuple[str, ...], rngs: nnx.Rngs):  # fmt: skip
         width, dtype = block.attention.width, block.attention.dtype
         height, across, channels = shape
@@ -32,9 +31,7 @@ class ViT(Layer):
         self.embed = Linear(patch * patch * channels, width, (None, "embed"), bias=True, dtype=dtype, rngs=rngs)
         count = height // patch * (across // patch)
         self.position = param(jax.random.normal(rngs.params(), (count, width)) * 0.02, None, "embed")
-        self.blocks = stack.build(
-            lambda i, r: Block(block, masks[i % len(masks)], r), layers, math.lcm(len(masks), len(remat)), scan, rngs
-        )
+        self.blocks = stack.build(lambda i, r: Block(block, masks[i % len(masks)], r), layers, period, scan, rngs)
         self.norm = NORMS[block.norm](width, rngs=rngs)
         self.head = Linear(width, outputs, ("embed", None), bias=True, dtype=dtype, init=block.attention.out_init, rngs=rngs)
 
@@ -85,8 +82,10 @@ def vit(
     checks.divisible("model.width", width, "model.heads", heads)
     out_init = "zeros" if zero_init else "normal"
     masks, implementation = layered(attention, layers, heads, causal=False)
-    stack.pattern(layers, len(masks), remat)
+    period = stack.pattern(layers, len(masks), remat)
     attending = AttentionConfig(width, heads, heads, width // heads, 0.0, qk_norm, out_init, dtype, implementation)
     block = BlockConfig(attending, mlp, mlp_width, norm, 0, dropout)
     block.check()
-    return functional(lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, masks, scan_layers, tuple(remat), rngs))
+    return functional(
+        lambda rngs: ViT(block, tuple(shape), outputs, patch, layers, period, masks, scan_layers, tuple(remat), rngs)
+    )

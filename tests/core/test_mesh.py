@@ -26,6 +26,7 @@ def test_an_open_size_takes_what_devices_are_left():
 
 def test_names_without_a_rule_and_axes_of_size_one_are_whole():
     layout = make_layout({"data": 2, "fsdp": 1}, RULES)
+    assert dict(layout.mesh.shape) == {"data": 2}
     assert layout.spec(("batch", "embed", None), (4, 6, 5), "x") == P("data", None, None)
     both = make_layout({"data": 2, "fsdp": 2}, RULES)
     assert both.spec(("batch", "length"), (8, 5), "x") == P(("data", "fsdp"), None)

@@ -25,7 +25,7 @@ SIZES = {
     "one device": {"data": 1},
     "pipeline 2, data 2": {"pipeline": 2, "data": 2},
 }
-# Each is given the run by the one before, and the first by the last.
+# Each is given the run by the one before.
 ORDER = ("fsdp 8", "fsdp 4", "one device", "tensor 2", "pipeline 2, data 2")
 STEPS = 2
 

@@ -107,8 +107,10 @@ def test_another_number_of_processes_goes_on_and_sees_what_is_left_of_an_epoch_o
 def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_used_next(folder, straight):
     disk = folder / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode:
-        pytest.skip("only root can mount a small disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode and os.geteuid():
+        pytest.skip(f"a small disk can be mounted by root alone: {mounted.stderr.strip()}")
+    assert mounted.returncode == 0, mounted.stderr
     try:
         run = Launched(disk / "run", 2, "--config.pause=0.1", log=folder / "full.log")
         run.when(saved(10))

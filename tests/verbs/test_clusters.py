@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -73,8 +72,6 @@ def test_nothing_is_submitted(capsys):
 
 
 def test_a_batch_script_starts_a_process_a_task_and_is_queued_again_after_a_preemption():
-    if importlib.util.find_spec("submitit") is None:
-        pytest.skip("submitit is not installed")
     options = ["--engine", "slurm", "--nodes", "2", "--processes", "8", "--heartbeat", "30", "--time", "90", "--dry-run"]
     command = [sys.executable, "-m", "research", "launch", *options, *TRAIN]
     script = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
