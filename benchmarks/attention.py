@@ -9,9 +9,11 @@ would take the processors of the other. A window of 512 is the query's own key a
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import os
+from collections.abc import Sequence
 
 from research.core.memory import keep_freed_memory
 
@@ -173,15 +175,20 @@ def random_blocks(length: int = 16384, size: int = 128, share: float = 0.1) -> l
     return [row(f"{share:.0%} of blocks of {size}, {length}, forward", sides, same=False)]
 
 
-def main() -> list[dict]:
+PARTS = {"growth": lambda: [growth()], "torch": against_torch, "random": random_blocks, "jax": against_jax}
+
+
+def main(part: Sequence[str]) -> list[dict]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     small, sizes = 2048, 128
     mask = masks.random_blocks(0, sizes, 2, small)
     pairs = jnp.asarray(mask(0, 0, np.arange(small)[:, None], np.arange(small)[None]))[None, None]
     dense = functools.partial(jax.nn.dot_product_attention, mask=pairs)
     agree("random blocks", {"ours": ours(mask, small, True), "jax.nn": in_jax(dense, small, True)})
-    return [growth(), *against_torch(), *random_blocks(), *against_jax()]
+    return [row for name in part for row in PARTS[name]()]
 
 
 if __name__ == "__main__":
-    run(main)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="which rows; all, unless said")
+    run(main, parser)

@@ -49,15 +49,16 @@ def compare(
     return row
 
 
-def run(main: Callable[[], list[dict[str, Any]]]) -> None:
-    """The entry point of a benchmark: writes its rows where `gnomon bench` wants them, or prints them."""
-    parser = argparse.ArgumentParser()
+def run(main: Callable[..., list[dict[str, Any]]], parser: argparse.ArgumentParser | None = None) -> None:
+    """The entry point of a benchmark: writes its rows where `gnomon bench` wants them, or prints them. `main` takes what the
+    benchmark's own parser has, which `gnomon bench NAME -- …` passes on."""
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--json", help="file for the rows")
-    args = parser.parse_args()
-    rows = main()
-    text = json.dumps(rows)
-    if args.json:
-        with open(args.json, "w") as out:
+    given = vars(parser.parse_args())
+    path = given.pop("json")
+    text = json.dumps(main(**given))
+    if path:
+        with open(path, "w") as out:
             out.write(text)
     else:
         print(text)

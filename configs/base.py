@@ -30,7 +30,9 @@ def base() -> ConfigDict:
                 "kv_heads": ["tensor"],
                 "vocab": ["tensor"],
                 "layers": ["pipeline"],
+                "matrices": ["pipeline", "fsdp", "tensor"],  # whole, each on one device: what Muon, SOAP, Shampoo do to them
                 "population": ["population"],
+                "particles": ["data", "fsdp"],
             },
         }
     )

@@ -49,8 +49,8 @@ def log_once(message: str) -> None:
 
 def named(implementations: Mapping[str, Any], implementation: str) -> None:
     """Raises ValueError, with the nearest match, for a name that is not in `implementations`."""
-    if implementation not in implementations:
-        near = difflib.get_close_matches(str(implementation), implementations, n=1)
+    if not isinstance(implementation, str) or implementation not in implementations:
+        near = difflib.get_close_matches(str(implementation).lower(), implementations, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         allowed = ", ".join(map(repr, implementations))
         raise ValueError(f"implementation={implementation!r}; allowed: None, {allowed}{hint}")

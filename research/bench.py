@@ -69,17 +69,22 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("name", help=f"one of: {', '.join(names())}")
     p.add_argument("--dry-run", action="store_true", help="print the table without keeping it")
+    p.epilog = (
+        f"{p.epilog}\n  gnomon bench optimizers -- --work gru      after --, a benchmark's own options, where it has some"
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    args, own = parser().parse_args(words[:split]), words[split + 1 :]
     with cli.one_line_errors("bench"):
         if args.name not in names():
             raise ValueError(f"no benchmark {args.name!r}; allowed: {', '.join(names())}{suggestion(args.name, names())}")
         script = FOLDER / f"{args.name}.py"
         python = peers_python() if needs_peers(script) else sys.executable
-        rows = measured(python, script)
+        rows = measured(python, script, own)
         for shown in (ratios(rows), facts(rows)):
             if shown.rows:
                 print(cli.table(shown))
@@ -96,12 +101,12 @@ def peers_python() -> str:
     return str(PEERS / "bin" / "python")
 
 
-def measured(python: str, script: Path) -> list[dict[str, Any]]:
+def measured(python: str, script: Path, options: Sequence[str]) -> list[dict[str, Any]]:
     """The rows that a benchmark gives, run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
-        done = subprocess.run([python, str(script), "--json", str(path)], cwd=REPO, env=environment, check=False)
+        done = subprocess.run([python, str(script), "--json", str(path), *options], cwd=REPO, env=environment, check=False)
         if done.returncode:
             raise ValueError(f"{script.name} ended with code {done.returncode}; nothing was kept")
         return json.loads(path.read_text())

@@ -57,6 +57,8 @@ def one_line_errors(verb: str) -> Iterator[None]:
         code, line = error.code, f"ended by {error}; the same command starts again from what was saved"
     except (NonFiniteError, CheckpointError, processes.PeerError) as error:
         code, line = FAILED, str(error)
+    except processes.JoinError as error:
+        code, line = processes.LOST, str(error)
     except jax.errors.JaxRuntimeError as error:
         if (told := processes.loss_of_peer(error)) is None:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 from research.core import processes
@@ -50,6 +51,7 @@ class Job:
         self._heartbeat, self._restarts = heartbeat, restarts
         self._children: list[subprocess.Popen] = []
         self._asked: int | None = None
+        self._mute = False  # whether what the children say cannot be handed on any more
 
     def forward(self, signum: int, frame: object = None) -> None:
         """Hands a signal on to every child; after it nothing is started again."""
@@ -69,10 +71,19 @@ class Job:
                 self._say(
                     f"{self._told(first, codes[first])}; all {self._count} start again ({attempt + 1} of {self._restarts})"
                 )
-            return max(map(code_of, codes))
+            return max(*map(code_of, codes), int(self._mute))
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    def _silenced(self, error: OSError) -> None:
+        """Asks all to stop, since their output has nowhere to go; what they still say is dropped, lest they wait with it."""
+        self._mute = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            self._say(f"what the processes print cannot be written ({error.strerror}): all are asked to save and stop")
+        self.forward(signal.SIGTERM)
 
     def _say(self, line: str) -> None:
         print(f"gnomon launch: {line}", file=sys.stderr, flush=True)
@@ -83,10 +94,16 @@ class Job:
     def _once(self) -> tuple[int | None, list[int]]:
         """(the process that failed first, return codes) of one attempt."""
         port = free_port()
+        alive, held = os.pipe()  # closed by the kernel when this process is gone, which tells the children
         self._children = [
             subprocess.Popen(
                 self._command,
-                env={**os.environ, **environment(i, self._count, port, self._devices, self._heartbeat)},
+                env={
+                    **os.environ,
+                    **environment(i, self._count, port, self._devices, self._heartbeat),
+                    processes.LAUNCHER: str(alive),
+                },
+                pass_fds=[alive],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -94,14 +111,16 @@ class Job:
             )
             for i in range(self._count)
         ]
+        os.close(alive)
         if self._asked is not None:  # a signal that came before there was a child to hand it to
             self.forward(self._asked)
-        readers = [threading.Thread(target=copied, args=(i, c.stdout)) for i, c in enumerate(self._children)]
+        readers = [threading.Thread(target=copied, args=(i, c.stdout, self._silenced)) for i, c in enumerate(self._children)]
         for reader in readers:
             reader.start()
         first = self._ended()
         for reader in readers:
             reader.join()
+        os.close(held)
         return first, [child.wait() for child in self._children]
 
     def _ended(self) -> int | None:
@@ -126,10 +145,14 @@ GREETING = re.compile(rb"\[Gloo\] Rank|Expected number of connected peer ranks i
 _lock = threading.Lock()
 
 
-def copied(index: int, lines: IO[bytes]) -> None:
-    """Prints the lines of one process as they come, each with its number; not those in which gloo greets its peers."""
+def copied(index: int, lines: IO[bytes], failed: Callable[[OSError], None]) -> None:
+    """Prints the lines of one process as they come, each with its number; not those in which gloo greets its peers. Where that
+    fails, `failed` is called, and the next line is tried."""
     for line in lines:
         if not GREETING.search(line):
             with _lock:
-                sys.stdout.buffer.write(b"[%d] " % index + line.rstrip(b"\r\n") + b"\n")
-                sys.stdout.buffer.flush()
+                try:
+                    sys.stdout.buffer.write(b"[%d] " % index + line.rstrip(b"\r\n") + b"\n")
+                    sys.stdout.buffer.flush()
+                except OSError as error:
+                    failed(error)

@@ -108,7 +108,7 @@ def one(args: argparse.Namespace, config: Any, path: Path) -> int:
         changed=workdir.changed,
     )
     with workdir:
-        workdir.begin()
+        workdir.begin(experiment.read)
         for line in pipeline_lines(experiment.mesh):
             say(line)
         outcome, seconds = trained(experiment, workdir)

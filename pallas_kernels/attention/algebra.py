@@ -40,6 +40,16 @@ def traced(*indices: Any) -> bool:
     return any(isinstance(i, jax.Array) for i in indices)
 
 
+def shown(value: Any) -> str:
+    """What was given, as it fits into a line of an error."""
+    try:
+        text = f"{value.dtype.name}{list(value.shape)}" if isinstance(value, (jax.Array, np.ndarray)) else repr(value)
+    except ValueError:  # which an int of thousands of digits raises
+        text = type(value).__name__
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def at(values: np.ndarray, index: Any) -> Any:
     """values[index] along the first axis; an index beyond an end takes what is at the end."""
     return (
@@ -66,6 +76,10 @@ class Mask(abc.ABC):
     def __call__(self, batch: Any, head: Any, q_index: Any, kv_index: Any) -> Any:
         """bool, of the broadcast shape of the indices: does the query see the key?"""
 
+    def as_global(self, other: Mask) -> str:
+        """How `other | self` prints where the two together are `global_tokens`; else ""."""
+        return ""
+
     @abc.abstractmethod
     def bounds(self, batch: int, head: int, q_first: Any, q_last: Any, kv_first: Any, kv_last: Any) -> tuple[Any, Any]:
         """(some, every) for rectangles of pairs, ends included: no pair is seen unless `some`; all are if `every`."""
@@ -78,6 +92,9 @@ class Mask(abc.ABC):
 
     def __invert__(self) -> Mask:
         return self.mask if isinstance(self, Not) else Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false; combine masks with &, |, ~ instead of and, or, not")
 
 
 def _joined(kind: Callable[[Mask, Mask], Mask], left: Mask, right: Mask) -> Mask:
@@ -135,7 +152,7 @@ class Either(_Pair):
         return some | some_too, every | every_too
 
     def __repr__(self) -> str:
-        return f"({self.left!r} | {self.right!r})"
+        return self.right.as_global(self.left) or f"({self.left!r} | {self.right!r})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import gpu, reference, tpu, xla
-from pallas_kernels.attention.algebra import Mask
-from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, check_length, inner
+from pallas_kernels.attention.algebra import Mask, shown
+from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, check_length, check_offset, inner, narrowed
 from pallas_kernels.attention.lists import Segments, Sizes
+from pallas_kernels.attention.patterns import FAR
 from pallas_kernels.attention.score_mod import traced
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
@@ -23,6 +23,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "tpu": tpu.attend,
     "gpu": gpu.attend,
 }
+LARGEST = float(np.finfo(np.float32).max)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -49,15 +50,17 @@ def sparse_attention(
         arXiv 2305.13245). Sums are float32 at least.
     mask: of `masks`; a BlockMask, whose blocks are then used; or SelectedBlocks, blocks that are data. One that tells about so
         many positions (`mask.length`), as documents do, takes no longer sequences.
-    q_offset: position of the first query, int or int32 [] or [batch], which may be traced: for steps against a cache. An
-        array is not checked: queries beyond `mask.length` are seen as its last.
+    q_offset: position of the first query, int or integers [] or [batch], which may be traced: for steps against a cache.
+        Queries lie between -2**30 and 2**30; an offset beyond is refused, and one that is a JAX array, whose values may not
+        be known, is set to that limit. Nor is an array compared with `mask.length`: queries outside are seen as its first or
+        its last.
     score_mod: (score, batch, head, q_index, kv_index) -> score, a function of single scores as FlexAttention takes it: arrays
         [], the score in the dtype of sums, the others int32; differentiated, also by the arrays it closes over. A function is
         known by identity: a new lambda compiles again, as a new Python number for q_offset does, and a traced one does not.
     segment_ids: int32 [batch, length], or a pair of them for queries and keys; a query sees the keys of its own segment only,
         and blocks without such pairs are skipped.
     sinks: [q_heads] scores of a key that all see and that has no value (Xiao et al. 2023, arXiv 2309.17453); differentiated.
-    softcap: scores become softcap * tanh(score / softcap), before score_mod.
+    softcap: scores become softcap * tanh(score / softcap), before score_mod. It and scale are known beforehand.
     scale: 1 / sqrt(d_qk) if None.
     return_lse: also the log of the sum of exp(score), sinks included: float32 [batch, q_len, q_heads], differentiated.
     implementation: "reference", "xla", "tpu" or "gpu"; None takes the best that supports the call. The last two are for what is
@@ -65,29 +68,28 @@ def sparse_attention(
 
     Returns [batch, q_len, q_heads, d_v] in q's dtype. Queries that see nothing get 0 (lse -inf) and have zero gradients; keys
     that are not seen have no influence, be they NaN. Raises ValueError for shapes and dtypes that do not fit,
-    NotImplementedError from a named implementation for what it does not support.
+    NotImplementedError from a named implementation for what it does not support, derivatives among them.
     """
     q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     _check_qkv(q, k, v)
     b, t, h, d = q.shape
     s = k.shape[1]
-    q_offset = _offset(q_offset, b)
+    q_offset = _offset(q_offset, b, t)
     mask = _mask(mask, q, k, q_offset)
     if segment_ids is not None:
         segment_ids = _segments(segment_ids, b, t, s)
     if score_mod is not None:
         if not callable(score_mod):
             wanted = "a function (score, batch, head, q_index, kv_index) -> score"
-            raise ValueError(f"score_mod: got {score_mod!r}, wanted {wanted}")
+            raise ValueError(f"score_mod: got {shown(score_mod)}, wanted {wanted}")
         traced(score_mod, jnp.promote_types(q.dtype, jnp.float32))
     if sinks is not None:
         sinks = _array("sinks", sinks)
         _expect("sinks", sinks.shape, (h,), "[q_heads]")
-    _number("softcap", softcap, "a positive")
-    _number("scale", scale, "a finite")
+    softcap, scale = _number("softcap", softcap, "a positive"), _number("scale", scale, "a finite")
     out, lse = dispatch.run(
         "sparse_attention", IMPLEMENTATIONS, implementation, q, k, v, mask, q_offset=q_offset, score_mod=score_mod,
-        segment_ids=segment_ids, sinks=sinks, softcap=softcap, scale=d**-0.5 if scale is None else float(scale),
+        segment_ids=segment_ids, sinks=sinks, softcap=softcap, scale=d**-0.5 if scale is None else scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -101,10 +103,17 @@ def _array(name: str, x: Any) -> jax.Array:
     return jnp.asarray(x)
 
 
-def _number(name: str, value: Any, wanted: str) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is not None and not (fits and (value > 0 or wanted == "a finite")):
-        raise ValueError(f"{name}: got {value!r}, wanted {wanted} Python number or None")
+def _number(name: str, value: Any, wanted: str) -> float | None:
+    if value is None:
+        return None
+    fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if (
+        not fits
+        or not abs(value if isinstance(value, int) else float(value)) <= LARGEST
+        or (value <= 0 and wanted == "a positive")
+    ):
+        raise ValueError(f"{name}: got {shown(value)}, wanted {wanted} number of Python or NumPy that float32 holds, or None")
+    return float(value)
 
 
 def _expect(name: str, got: tuple[int, ...], wanted: tuple[int, ...], words: str) -> None:
@@ -133,7 +142,7 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
     b, t, h, _ = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     if isinstance(mask, SelectedBlocks):
-        mask.check(b, h, kv_heads, Sizes(t, s, mask.q_block, mask.kv_block))
+        mask = mask.checked(b, h, kv_heads, Sizes(t, s, mask.q_block, mask.kv_block))
     elif isinstance(mask, BlockMask):
         if mask.sizes[:2] != (t, s):
             raise ValueError(f"mask: got a BlockMask of {mask.sizes.q_len} x {mask.sizes.kv_len} pairs, wanted {t} x {s}")
@@ -154,17 +163,19 @@ def _mask(mask: Any, q: jax.Array, k: jax.Array, q_offset: Any) -> Any:
     return mask
 
 
-def _offset(q_offset: Any, batch: int) -> Any:
+def _offset(q_offset: Any, batch: int, q_len: int) -> Any:
     if isinstance(q_offset, (int, np.integer)) and not isinstance(q_offset, bool):
-        if not -(2**31) <= q_offset < 2**31:
-            raise ValueError(f"q_offset: got {q_offset}, wanted a whole number that int32 holds")
+        check_offset(int(q_offset), q_len)
         return int(q_offset)
     if not isinstance(q_offset, (bool, float, np.generic, np.ndarray, jax.Array)):
         raise ValueError(f"q_offset: got {type(q_offset).__name__}, wanted a whole number, or integers [] or [{batch}]")
     shape, dtype = jnp.shape(q_offset), jnp.result_type(q_offset)
     if shape not in ((), (batch,)) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"q_offset: got {dtype}{list(shape)}, wanted a whole number, or integers [] or [{batch}]")
-    return jnp.asarray(q_offset, jnp.int32)
+    if isinstance(q_offset, np.ndarray):
+        for known in q_offset.reshape(-1).tolist():
+            check_offset(known, q_len)
+    return narrowed(q_offset, -FAR, FAR - q_len)
 
 
 def _segments(segment_ids: Any, b: int, t: int, s: int) -> Segments:

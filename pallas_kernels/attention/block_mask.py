@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.algebra import Mask
+from pallas_kernels.attention.algebra import Mask, shown
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.lists import (
     EMPTY,
@@ -29,6 +29,7 @@ from pallas_kernels.attention.lists import (
     trimmed,
     within_segments,
 )
+from pallas_kernels.attention.patterns import FAR
 
 LOOKED_AT = 1 << 22  # pairs at a time, where they have to be looked at one by one
 MOST_PICTURED = 64  # rows and columns of a picture
@@ -170,28 +171,45 @@ def _pictured(table: np.ndarray) -> Iterator[str]:
         yield "".join(CELLS[FULL if (c == FULL).all() else PARTIAL if c.any() else EMPTY] for c in cells)
 
 
-@functools.lru_cache(maxsize=256)
 def block_mask(mask: Mask, q_len: int, kv_len: int, q_block: int = 128, kv_block: int = 128, *, q_offset: int = 0,
                heads: int = 0, batch: int = 0) -> BlockMask:  # fmt: skip
     """The mask on q_len x kv_len pairs, in blocks of q_block x kv_block. heads, batch: how many there are; needed where the
     mask tells any number of them apart. Equal arguments give the same value. Time and memory grow with the number of blocks,
-    and with the pairs in those that the mask's bounds leave open."""
+    and with the pairs in those that the mask's bounds leave open.
+
+    Raises ValueError for what is no mask, sizes that are no whole numbers (a traced one is none), and positions that the mask
+    does not tell about."""
     if not isinstance(mask, Mask):
         raise ValueError(f"block_mask's mask: got {type(mask).__name__}, wanted a mask such as masks.causal()")
     least = {"q_len": 1, "kv_len": 1, "q_block": 1, "kv_block": 1, "heads": 0, "batch": 0}
     given = {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block, "heads": heads, "batch": batch}
     for name, value in given.items():
-        if not isinstance(value, (int, np.integer)) or value < least[name]:
-            raise ValueError(f"block_mask's {name}: got {value!r}, wanted a whole number >= {least[name]}")
-    if not isinstance(q_offset, (int, np.integer)):
-        raise ValueError(f"block_mask's q_offset: got {q_offset!r}, wanted a whole number")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least[name]:
+            raise ValueError(f"block_mask's {name}: got {shown(value)}, wanted a whole number >= {least[name]}")
+    if not isinstance(q_offset, (int, np.integer)) or isinstance(q_offset, bool):
+        raise ValueError(f"block_mask's q_offset: got {shown(q_offset)}, wanted a whole number")
+    return _block_mask(mask, *(int(n) for n in (q_len, kv_len, q_block, kv_block, q_offset, heads, batch)))
+
+
+@functools.lru_cache(maxsize=256)
+def _block_mask(mask: Mask, q_len: int, kv_len: int, q_block: int, kv_block: int, q_offset: int, heads: int,
+                batch: int) -> BlockMask:  # fmt: skip
+    check_offset(q_offset, q_len)
     check_length(mask, q_len, kv_len, q_offset)
     counts = [_needed(*each) for each in (("heads", mask.heads, heads), ("batch", mask.batch, batch))]
     return BlockMask(mask, Sizes(q_len, kv_len, q_block, kv_block), *counts, q_offset)
 
 
+def check_offset(q_offset: int, q_len: int) -> None:
+    """Raises ValueError for positions of queries so far out that sums with them would not fit int32."""
+    if not -FAR <= q_offset <= FAR - q_len:
+        raise ValueError(f"q_offset: got {shown(q_offset)}, wanted a whole number from {-FAR} to {FAR - q_len}")
+
+
 def check_length(mask: Mask, q_len: int, kv_len: int, q_offset: Any) -> None:
     """Raises ValueError for positions beyond those that the mask tells about. An offset that is data is not looked at."""
+    if mask.length is not None and isinstance(q_offset, (int, np.integer)) and q_offset < 0:
+        raise ValueError(f"q_offset: got {q_offset}, wanted at least 0 for a mask of {mask.length} positions, which begin at 0")
     last = max(kv_len, q_len + q_offset) if isinstance(q_offset, (int, np.integer)) else kv_len
     if mask.length is not None and last > mask.length:
         whose = "those of the keys and of queries from q_offset"
@@ -211,15 +229,25 @@ def _needed(name: str, told_apart: int, given: int) -> int:
     return given
 
 
+def narrowed(values: Any, low: int, high: int) -> jax.Array:
+    """Integers of any width as int32, those outside of low .. high as the nearer end."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    held = xp.iinfo(values.dtype)
+    return jnp.asarray(xp.clip(values, max(low, held.min), min(high, held.max)).astype(xp.int32))
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SelectedBlocks:
     """Sparsity as data: for every block of queries the blocks of keys it may see, such as the best few by some score.
 
-    index: int32 [batch or 1, heads, rows, count], heads being 1, that of the keys, or that of the queries; -1 selects nothing,
-        and a block selected twice counts once. rows: blocks of q_block in the queries. It may be traced. No gradient reaches
-        it.
+    index: integers [batch or 1, heads, rows, count], heads being 1, that of the keys, or that of the queries. rows: blocks of
+        q_block in the queries. -1 selects nothing, and so does any other number that no block of keys has: rows that select
+        fewer than others are filled up so. A block selected twice counts once. It may be traced; no gradient reaches it.
     mask: what is seen within the selected blocks, besides.
+
+    Its index being data, which may not be known, it is equal to itself alone. `sparse_attention` raises ValueError for what
+    does not fit its arrays.
     """
 
     index: Any
@@ -227,13 +255,13 @@ class SelectedBlocks:
     kv_block: int = dataclasses.field(metadata={"static": True})
     mask: Mask = dataclasses.field(metadata={"static": True})
 
-    def check(self, batch: int, q_heads: int, kv_heads: int, sizes: Sizes) -> None:
-        """Raises ValueError where `index` does not fit the arrays."""
+    def checked(self, batch: int, q_heads: int, kv_heads: int, sizes: Sizes) -> SelectedBlocks:
+        """The same with an index that is int32. Raises ValueError where it does not fit the arrays."""
         if not isinstance(self.mask, Mask):
             raise ValueError(f"mask.mask: got {type(self.mask).__name__}, wanted a mask such as masks.causal()")
         for name, block in (("q_block", self.q_block), ("kv_block", self.kv_block)):
-            if not isinstance(block, (int, np.integer)) or block < 1:
-                raise ValueError(f"mask.{name}: got {block!r}, wanted a whole number >= 1")
+            if not isinstance(block, (int, np.integer)) or isinstance(block, bool) or block < 1:
+                raise ValueError(f"mask.{name}: got {shown(block)}, wanted a whole number >= 1")
         if not isinstance(self.index, (jax.Array, np.ndarray)):
             raise ValueError(f"mask.index: got {type(self.index).__name__}, wanted an array of integers")
         shape, dtype = jnp.shape(self.index), jnp.result_type(self.index)
@@ -243,6 +271,10 @@ class SelectedBlocks:
             raise ValueError(
                 f"mask.index: got {dtype}{list(shape)}, wanted integers [1 or {batch}, heads: {heads}, {sizes.rows}, count]"
             )
+        return dataclasses.replace(self, index=narrowed(self.index, -1, sizes.columns))
+
+    def __repr__(self) -> str:
+        return f"SelectedBlocks({shown(self.index)}, {self.q_block} x {self.kv_block}, {self.mask!r})"
 
     def lists(self, batch: int, q_heads: int, sizes: Sizes, q_offset: Any) -> BlockLists:
         """[batch or 1, 1 or q_heads, rows * (count + 1)]."""

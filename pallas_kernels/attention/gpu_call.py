@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.derivatives import in_words, once, reverse_only
 from pallas_kernels.attention.gpu_lists import Blocked, Visits, blocked, visits
 from pallas_kernels.attention.lists import Sizes
 from pallas_kernels.attention.score_mod import refuse_arrays
@@ -78,7 +79,9 @@ def attend(passes, blocks, q, k, v, mask, *, q_offset, score_mod, segment_ids, s
         kept[forward].mask, t, s, q_offset if static else None, forward, backward, score_mod, softcap, scale, interpret, *passes
     )
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    out, lse = _attention(spec, q_p, k_p, v_p, sinks, data)
+    q_p, k_p, v_p, sinks = reverse_only("gpu", (q_p, k_p, v_p, sinks))
+    with in_words("gpu"):
+        out, lse = _attention(spec, q_p, k_p, v_p, sinks, data)
     return out[:, :t, :, : v.shape[3]], lse[:, :, :t].swapaxes(1, 2)
 
 
@@ -106,6 +109,7 @@ def _attention(spec: Spec, q, k, v, sinks, data: Data):
 
 
 def _attention_forward(spec: Spec, q, k, v, sinks, data: Data):
+    q, k, v, sinks = once("gpu", (q, k, v, sinks))
     out, lse = spec.forward_pass(spec, q, k, v, sinks, data)
     return (out, lse), (q, k, v, sinks, data, out, lse)
 

@@ -6,6 +6,9 @@ anything compiles, the kernels, and the dense reference.
 
 Besides the single pairs, a mask bounds whole rectangles of pairs, which is how 131,072 x 131,072 pairs are sorted into blocks
 without being looked at one by one.
+
+Sizes and positions are whole numbers that int32 holds; a size beyond the sequence, up to 2**31 - 1, is as good as none. What
+does not fit raises a ValueError of one line: the argument, what was given, what is allowed.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.algebra import Data, Mask, PerHead
+from pallas_kernels.attention.algebra import Data, Mask, PerHead, shown
 from pallas_kernels.attention.patterns import (
+    LARGEST,
     Blocks,
     BlockWindow,
     Document,
@@ -60,11 +64,14 @@ def prefix(n: int) -> Mask:
 
 def document(ids: Any) -> Mask:
     """ids[q] == ids[kv], for int ids [length] or [batch, length] that are known when the mask is made (those that are data of a
-    step are `segment_ids` of `sparse_attention`). Sorted ids make quick work of long sequences. Sequences longer than ids
-    are refused."""
+    step are `segment_ids` of `sparse_attention`). Sorted ids make quick work of long sequences. Sequences longer than ids,
+    and queries before the first are refused."""
     if isinstance(ids, jax.core.Tracer):
         raise ValueError("document's ids are traced, and a mask is a value; pass them as segment_ids of sparse_attention")
-    values = np.asarray(ids)
+    try:
+        values = np.asarray(ids)
+    except (TypeError, ValueError):  # rows of several lengths; an array that is traced within
+        raise ValueError(f"document's ids: got {shown(ids)}, wanted integers [length] or [batch, length]") from None
     if values.ndim not in (1, 2) or not np.issubdtype(values.dtype, np.integer) or not values.size:
         raise ValueError(f"document's ids: got {values.dtype}{list(values.shape)}, wanted integers [length] or [batch, length]")
     if values.min() < np.iinfo(np.int32).min or values.max() > np.iinfo(np.int32).max:  # which JAX would cut off
@@ -82,7 +89,8 @@ def dilated(left: int, right: int, step: int) -> Mask:
     """A window with gaps: kv = q + i * step for -left <= i <= right (Longformer's dilated window; Beltagy et al. 2020, arXiv
     2004.05150, section 3.1)."""
     _whole("dilated's step", step, 1)
-    return Window(_whole("dilated's left", left, 0) * step, _whole("dilated's right", right, 0) * step) & Strided(step)
+    ends = (_whole(f"dilated's {name}", n, 0) for name, n in (("left", left), ("right", right)))
+    return Window(*(_whole("dilated's reach in positions", n * step, 0) for n in ends)) & Strided(int(step))
 
 
 def global_tokens(which: int | Sequence[int]) -> Mask:
@@ -91,6 +99,12 @@ def global_tokens(which: int | Sequence[int]) -> Mask:
     if isinstance(which, (int, np.integer)):
         n = _whole("global_tokens' n", which, 0)
         return Prefix(n, 0) | Prefix(n, 1)
+    if (
+        not isinstance(which, (Sequence, np.ndarray, jax.Array))
+        or isinstance(which, (str, jax.core.Tracer))
+        or not np.ndim(which)
+    ):
+        raise ValueError(f"global_tokens: got {shown(which)}, wanted a whole number or a sequence of them")
     positions = tuple(sorted({_whole("global_tokens' position", position, 0) for position in which}))
     if not positions:
         raise ValueError("global_tokens: got no positions, wanted one or more")
@@ -99,10 +113,11 @@ def global_tokens(which: int | Sequence[int]) -> Mask:
 
 def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) -> Mask:
     """Every block of `size` queries sees `count` blocks of `size` keys, drawn without replacement from those of `length` keys,
-    for each of `heads` heads anew (0: shared). key: an int or a JAX key; equal keys draw equal blocks. Sequences of more blocks
-    are refused."""
-    for name, value in (("size", size), ("count", count), ("length", length)):
-        _whole(f"random_blocks' {name}", value, 1)
+    for each of `heads` heads anew (0: shared). key: an int or a JAX key; equal keys draw equal blocks. Longer sequences, and
+    queries before the first, are refused."""
+    size, count, length = (
+        _whole(f"random_blocks' {name}", value, 1) for name, value in (("size", size), ("count", count), ("length", length))
+    )
     n = -(-length // size)
     if count > n:
         raise ValueError(f"random_blocks' count: got {count}, wanted at most the {n} blocks of {size} in {length} keys")
@@ -112,16 +127,26 @@ def random_blocks(key: Any, size: int, count: int, length: int, heads: int = 0) 
     ]
     table = np.zeros((heads or 1, n, n), bool)
     np.put_along_axis(table, order, True, axis=-1)
-    return Blocks(Data(table if heads else table[0]), size)
+    return Blocks(Data(table if heads else table[0]), size, length)
 
 
 def bigbird(key: Any, size: int, length: int, window: int = 3, global_blocks: int = 2, count: int = 3, heads: int = 0) -> Mask:
     """BigBird's blocks of `size`: a window of `window` blocks, the first `global_blocks` blocks seen by all and seeing all, and
-    `count` random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are)."""
-    reach = _whole("bigbird's window", window, 1) // 2
-    mask = block_window(size, reach, reach)
+    `count` random ones (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D, whose sizes the defaults are).
+    window is odd: as many blocks before a query's own as after it."""
+    least = {"size": 1, "length": 1, "window": 1, "global_blocks": 0, "count": 0, "heads": 0}
+    given = {"size": size, "length": length, "window": window, "global_blocks": global_blocks, "count": count, "heads": heads}
+    for name, value in given.items():
+        _whole(f"bigbird's {name}", value, least[name])
+    if window % 2 == 0:
+        raise ValueError(
+            f"bigbird's window: got {window}, wanted an odd number of blocks; nearest: {window - 1} or {window + 1}"
+        )
+    if not count:
+        _seed(key)
+    mask = block_window(size, window // 2, window // 2)
     if global_blocks:
-        mask = mask | global_tokens(_whole("bigbird's global_blocks", global_blocks, 0) * size)
+        mask = mask | global_tokens(_whole("bigbird's global_blocks in positions", global_blocks * size, 0))
     return mask | random_blocks(key, size, count, length, heads) if count else mask
 
 
@@ -150,16 +175,20 @@ def from_function(mask_mod: Callable[[Any, Any, Any, Any], Any]) -> Mask:
 
 def _whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}: got {value!r}, wanted a whole number >= {least}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted a whole number >= {least}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: got {shown(value)}, wanted a whole number <= {LARGEST}, which int32 holds")
     return int(value)
 
 
 def _seed(key: Any) -> list[int]:
-    if isinstance(key, (int, np.integer)):
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         return [int(key) & 0xFFFFFFFF, int(key) >> 32 & 0xFFFFFFFF]
     if isinstance(key, jax.core.Tracer):
         raise ValueError("random_blocks' key is traced, and a mask is a value; draw it outside of jit")
-    if not isinstance(key, (jax.Array, np.ndarray)):
-        raise ValueError(f"random_blocks' key: got {key!r}, wanted an int or a JAX key")
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    data = key
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        data = jax.random.key_data(key)
+    if not isinstance(data, (jax.Array, np.ndarray)) or not jnp.issubdtype(data.dtype, jnp.integer):
+        raise ValueError(f"random_blocks' key: got {shown(key)}, wanted an int or a JAX key")
     return [int(word) for word in np.asarray(data).reshape(-1)]

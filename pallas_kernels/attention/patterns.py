@@ -14,6 +14,18 @@ import numpy as np
 from jax.extend.core import Var
 
 from pallas_kernels.attention.algebra import ANY, Data, Mask, at, inverse, never, traced
+from pallas_kernels.attention.functions import program_of
+
+LARGEST = 2**31 - 1  # of int32, which indices are
+FAR = 2**30  # beyond any position
+
+
+def moved(index: Any, by: int) -> Any:
+    """index + by, which ends where int32 does and does not wrap."""
+    if -FAR < by < FAR:  # no position goes as far as that
+        return index + by
+    xp, by = jnp if traced(index) else np, min(max(by, -LARGEST), LARGEST)
+    return xp.minimum(index, LARGEST - by) + by if by > 0 else xp.maximum(index, -LARGEST - by) + by
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,17 +53,19 @@ class Window(Mask):
     def __call__(self, batch, head, q_index, kv_index):
         seen = inverse(never(q_index, kv_index)) if self.left is None and self.right is None else True
         if self.left is not None:
-            seen = seen & (kv_index >= q_index - self.left)
+            seen = seen & (kv_index >= moved(q_index, -self.left))
         if self.right is not None:
-            seen = seen & (kv_index <= q_index + self.right)
+            seen = seen & (kv_index <= moved(q_index, self.right))
         return seen
 
     def bounds(self, batch, head, q_first, q_last, kv_first, kv_last):
         some = every = ~never(q_first, kv_first)
         if self.left is not None:
-            some, every = some & (kv_last >= q_first - self.left), every & (kv_first >= q_last - self.left)
+            least = [moved(end, -self.left) for end in (q_first, q_last)]
+            some, every = some & (kv_last >= least[0]), every & (kv_first >= least[1])
         if self.right is not None:
-            some, every = some & (kv_first <= q_last + self.right), every & (kv_last <= q_first + self.right)
+            most = [moved(end, self.right) for end in (q_first, q_last)]
+            some, every = some & (kv_first <= most[1]), every & (kv_last <= most[0])
         return some, every
 
     def __repr__(self) -> str:
@@ -95,6 +109,9 @@ class Prefix(Mask):
 
     def __repr__(self) -> str:
         return f"{('first_queries', 'prefix')[self.axis]}({self.n})"
+
+    def as_global(self, other: Mask) -> str:
+        return f"global_tokens({self.n})" if self.axis and other == Prefix(self.n, 0) else ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -142,7 +159,14 @@ class Positions(Mask):
         return (inside > 0) | no, (inside == last - first + 1) | no
 
     def __repr__(self) -> str:
-        return f"{('queries', 'keys')[self.axis]}{list(self.which)}"
+        return f"{('queries', 'keys')[self.axis]}{self._listed()}"
+
+    def as_global(self, other: Mask) -> str:
+        return f"global_tokens({self._listed()})" if self.axis and other == Positions(self.which, 0) else ""
+
+    def _listed(self) -> str:
+        more = ", …" if len(self.which) > 8 else ""
+        return f"[{', '.join(map(str, self.which[:8]))}{more}]"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -184,10 +208,11 @@ class Blocks(Mask):
 
     table: Data
     size: int
+    positions: int | None = None  # of queries and of keys, where the last block reaches beyond
 
     analytic = False
     heads = property(lambda self: len(self.table.values) if self.table.values.ndim == 3 else 0)  # type: ignore[assignment]
-    length = property(lambda self: self.size * min(self.table.values.shape[-2:]))  # type: ignore[assignment]
+    length = property(lambda self: self.positions or self.size * min(self.table.values.shape[-2:]))  # type: ignore[assignment]
 
     def __call__(self, batch, head, q_index, kv_index):
         *_, rows, columns = self.table.values.shape
@@ -237,24 +262,13 @@ def looks(function: Callable[..., Any]) -> Looks:
     """Read off the function's jaxpr: what its result is computed from."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.ensure_compile_time_eval():
-        try:
-            program = jax.make_jaxpr(function)(index, index, index, index)
-        except (
-            jax.errors.ConcretizationTypeError,
-            jax.errors.TracerArrayConversionError,
-            jax.errors.TracerIntegerConversionError,
-        ) as error:
-            raise ValueError(
-                "a mask_mod needs the value of an index, which is an array: wanted &, |, ~ and jnp.where instead of and, or, "
-                "not and if, and tables as jnp.asarray(table)[index]"
-            ) from error
+        program, result = program_of(function, "a mask_mod", ("batch", "head", "q_index", "kv_index"), [index] * 4)
     if any(isinstance(const, jax.core.Tracer) for const in program.consts):
         raise ValueError(
             "a mask_mod closes over a traced array, and a mask is a value; for data of a step there are segment_ids"
         )
-    if len(program.out_avals) != 1 or program.out_avals[0].shape or program.out_avals[0].dtype != jnp.bool_:
-        got = ", ".join(str(aval) for aval in program.out_avals)
-        raise ValueError(f"a mask_mod's result for single indices: got {got}, wanted one bool[]")
+    if result != "bool[]":
+        raise ValueError(f"a mask_mod's result for single indices: got {result}, wanted one bool[]")
     wanted = {v for v in program.jaxpr.outvars if isinstance(v, Var)}
     for equation in reversed(program.jaxpr.eqns):
         if wanted & set(equation.outvars):

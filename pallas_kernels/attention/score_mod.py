@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from pallas_kernels.attention.functions import program_of
+
+TAKES = ("score", "batch", "head", "q_index", "kv_index")
+
 
 def traced(score_mod: Callable[..., Any], dtype: Any) -> ClosedJaxpr:
-    """(score, batch, head, q_index, kv_index) -> score of single ones, and the arrays it closes over as its constants. JAX
-    remembers the program of a function. Raises ValueError where the result is no score."""
+    """(score, batch, head, q_index, kv_index) -> score of single ones, and the arrays it closes over as its constants. Raises
+    ValueError for a function of other arguments, one that needs the value of one, or one whose result is no score."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), dtype), index, index, index, index)
-    if [(aval.shape, aval.dtype) for aval in program.out_avals] != [((), dtype)]:
-        got = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in program.out_avals) or "nothing"
-        raise ValueError(f"score_mod: got {got} for a single score, wanted {jnp.dtype(dtype).name}[]")
+    program, result = program_of(score_mod, "score_mod", TAKES, [jax.ShapeDtypeStruct((), dtype), *[index] * 4])
+    wanted = f"{jnp.dtype(dtype).name}[]"
+    if result != wanted:
+        raise ValueError(f"score_mod: got {result} for a single score, wanted {wanted}")
     return program
 
 

@@ -18,6 +18,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_common as common
 from pallas_kernels.attention.block_mask import SelectedBlocks, as_block_mask, block_lists, inner, own_blocks
 from pallas_kernels.attention.blocks import block_sizes
+from pallas_kernels.attention.derivatives import in_words, once, reverse_only
 from pallas_kernels.attention.lists import BlockLists, Segments, Sizes, transposed
 from pallas_kernels.attention.score_mod import refuse_arrays
 from pallas_kernels.attention.tpu_backward import backward
@@ -61,8 +62,10 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     finite = jnp.isfinite(k).all(-1, keepdims=True) & jnp.isfinite(v).all(-1, keepdims=True)
     k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v))
     spoilt = jnp.where(finite, 0, jnp.nan).astype(k.dtype)
+    q, k, v, spoilt, sinks = reverse_only("tpu", (q, k, v, spoilt, sinks))
     folded = _lanes(q).reshape(b, t, h // fold, fold, -1).swapaxes(1, 2).reshape(b, h // fold, t * fold, -1)
-    out, lse = _attention(call, layouts, folded, k, v, spoilt, sinks, lists, offset, segment_ids)
+    with in_words("tpu"):
+        out, lse = _attention(call, layouts, folded, k, v, spoilt, sinks, lists, offset, segment_ids)
     out = out.reshape(b, h // fold, t, fold, -1)[..., :d_v].swapaxes(1, 2).reshape(b, t, h, -1)
     return out, lse.reshape(b, h // fold, t, fold).swapaxes(1, 2).reshape(b, t, h)
 
@@ -171,6 +174,7 @@ def _attention(call: Call, layouts: Passes, q, k, v, spoilt, sinks, lists: Passe
 
 
 def _attention_forward(call: Call, layouts: Passes, q, k, v, spoilt, sinks, lists, offset, segments):
+    q, k, v, spoilt, sinks = once("tpu", (q, k, v, spoilt, sinks))
     out, lse = _attention(call, layouts, q, k, v, spoilt, sinks, lists, offset, segments)
     return (out, lse), (q, k, v, sinks, lists.backward, offset, segments, out, lse)
 

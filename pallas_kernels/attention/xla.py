@@ -1,8 +1,8 @@
 """Attention by blocks in plain JAX: what runs on CPU, and anywhere else where there is no kernel.
 
 Time and memory are linear in the number of non-empty blocks; going backward, scores are computed again. Lists that the mask
-alone decides and that all heads share are laid out before anything runs (`xla_plan`), and may be differentiated any number of
-times; other lists are looped over as they come (`xla_loops`), and may be differentiated once. Reverse mode only.
+alone decides and that all heads share are laid out before anything runs (`xla_plan`); other lists are looped over as they come
+(`xla_loops`). Both may be differentiated any number of times, the first time in reverse mode.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pallas_kernels.attention import xla_loops, xla_shared
 from pallas_kernels.attention.algebra import Mask
 from pallas_kernels.attention.block_mask import BlockMask, SelectedBlocks, inner, own_blocks
 from pallas_kernels.attention.blocks import xla_block_sizes
+from pallas_kernels.attention.derivatives import in_words, reverse_only
 from pallas_kernels.attention.lists import Segments, Sizes
 from pallas_kernels.attention.score_mod import traced
 from pallas_kernels.attention.xla_pieces import varying
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     sizes: Sizes
     q_offset: int | None  # None: it is data
     on_a_mesh: bool  # then nothing may loop over sequences, which a mesh may split
+    counted: bool = False  # whether loops over lists end where the longest could, and not where the list does
 
     @property
     def shared(self) -> bool:
@@ -68,7 +70,9 @@ def attend(q, k, v, mask, *, q_offset, score_mod, segment_ids, sinks, softcap, s
     data = Data(None if selected is None else selected.index, jnp.asarray(q_offset, jnp.int32), segment_ids, others)
     # outside of what has a rule of its own: within shard_map their gradients are then summed by JAX
     sinks, floats = varying((sinks, floats), q, k, v)
-    return _jitted(call, q * before, k, v, sinks, floats, data)
+    q, k, v, sinks, floats = reverse_only("xla", (q, k, v, sinks, floats))
+    with in_words("xla"):
+        return _jitted(call, q * before, k, v, sinks, floats, data)
 
 
 def _on_a_mesh() -> bool:
@@ -101,8 +105,22 @@ def _hoisted(score_mod: Any, dtype: Any) -> tuple[Any, tuple[bool, ...], list[An
     return program.jaxpr, inexact, floats, others
 
 
-def _run(call: Call, segments: Segments | None) -> Any:
-    return xla_shared if call.shared and segments is None else xla_loops
+def _run(call: Call, segments: Segments | None, name: str) -> Any:
+    """`forward` or `backward` of one of the two ways, a function of its arguments but `call`."""
+    if call.shared and segments is None:
+        return functools.partial(getattr(xla_shared, name), call)
+    return functools.partial(_looped, name, call)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _looped(name: str, call: Call, *arguments: Any) -> Any:
+    return getattr(xla_loops, name)(call, *arguments)
+
+
+@_looped.defjvp
+def _looped_jvp(name: str, call: Call, primals: Any, tangents: Any) -> Any:
+    """Of what is itself a derivative: JAX transposes no loop whose end is read from a list."""
+    return jax.jvp(functools.partial(getattr(xla_loops, name), call._replace(counted=True)), primals, tangents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,7 +132,7 @@ def _forward(call: Call, q, k, v, sinks, floats, data: Data):
     # what is not finite shows in the score of who sees it, and nowhere else
     bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))
     marked, clean = jnp.where(bad[..., None], jnp.nan, k), jnp.where(jnp.isfinite(v), v, 0)
-    out, lse = _run(call, data.segments).forward(call, q, marked, clean, sinks, floats, data)
+    out, lse = _run(call, data.segments, "forward")(q, marked, clean, sinks, floats, data)
     return (out.astype(q.dtype), lse), (q, k, v, sinks, floats, data, out.astype(q.dtype), lse)
 
 
@@ -125,7 +143,7 @@ def _backward(call: Call, saved, cotangents):
     # who sees nothing has -inf, and no weights; who sees something that is not finite has a NaN, and so have its weights
     lse = jnp.where(lse == -jnp.inf, 0, lse)
     q, k, v = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v))
-    d_q, d_k, d_v, d_floats = _run(call, data.segments).backward(call, q, k, v, floats, data, lse, delta, d_out)
+    d_q, d_k, d_v, d_floats = _run(call, data.segments, "backward")(q, k, v, floats, data, lse, delta, d_out)
     d_sinks = None
     if sinks is not None:
         d_sinks = -jnp.sum(jnp.exp(sinks.astype(lse.dtype)[None, None] - lse) * delta, axis=(0, 1)).astype(sinks.dtype)

@@ -63,14 +63,24 @@ def _spans(lists: BlockLists, rows: int) -> tuple[jax.Array, jax.Array]:
     return starts, jnp.zeros(rows, jnp.int32).at[lists.row].add(lists.kind != EMPTY)
 
 
-def _over_row(column: jax.Array, start: jax.Array, count: jax.Array, one: Callable[..., Any], carry: Any) -> Any:
-    """one(carry, columns, valid) for the blocks of a row, AT_ONCE at a time."""
+def _over_row(
+    column: jax.Array, start: jax.Array, count: jax.Array, one: Callable[..., Any], carry: Any, most: int | None
+) -> Any:
+    """one(carry, columns, valid) for the blocks of a row, AT_ONCE at a time. most: of a row, for a loop that can be
+    differentiated in reverse mode; None for one that ends with the row."""
 
     def body(i: Any, carry: Any) -> Any:
         inside = i * AT_ONCE + jnp.arange(AT_ONCE)
         return one(carry, column[jnp.minimum(start + inside, len(column) - 1)], inside < count)
 
-    return jax.lax.fori_loop(0, -(-count // AT_ONCE), body, carry)
+    if most is None:
+        return jax.lax.fori_loop(0, -(-count // AT_ONCE), body, carry)
+
+    @jax.checkpoint
+    def step(carry: Any, i: Any) -> tuple[Any, None]:
+        return jax.lax.cond(i * AT_ONCE < count, lambda carry: body(i, carry), lambda carry: carry, carry), None
+
+    return jax.lax.scan(step, carry, jnp.arange(-(-most // AT_ONCE)))[0]
 
 
 def _per_piece(data: Any, batch: int, pieces: int) -> tuple[jax.Array, Any]:
@@ -85,7 +95,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
     sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     batch, heads = q.shape[0], q.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    lists = _lists(call, data, sizes, batch, heads, False)
+    lists, most = _lists(call, data, sizes, batch, heads, False), sizes.columns if call.counted else None
     pieces = heads if lists.row.shape[1] > 1 else 1
     if pieces > 1:
         k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -109,7 +119,7 @@ def forward(call: Any, q, k, v, sinks, floats, data) -> tuple[jax.Array, jax.Arr
                 return tiles.forward(sums, queries, keys, values, rule, where, constants, apart, True, every)
 
             start = varying(piece.start(sinks, 1, sizes.q_block, v_NxSxD.shape[-1], dtype), q, k, lists.row)
-            return tiles.finished(_over_row(lists.column, starts[r], counts[r], add, start))
+            return tiles.finished(_over_row(lists.column, starts[r], counts[r], add, start, most))
 
         out, lse = jax.lax.map(row, jnp.arange(sizes.rows))  # [rows, N, G * queries, …]
         n = q_NxGxTxD.shape[0]
@@ -127,7 +137,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
     """Gradients of q, k, v and floats."""
     sizes, rule, constants = call.sizes, call.rule, (floats, data.others)
     batch, heads, kv_heads = q.shape[0], q.shape[2], k.shape[2]
-    lists = _lists(call, data, sizes, batch, heads, True)
+    lists, most = _lists(call, data, sizes, batch, heads, True), sizes.rows if call.counted else None
     pieces = heads if lists.row.shape[1] > 1 else 1
     if pieces > 1:
         k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
@@ -166,7 +176,7 @@ def backward(call: Any, q, k, v, floats, data, lse, delta, d_out):
                 )
 
             zeros = varying([jnp.zeros(x.shape, lse.dtype) for x in (keys, values)], q, k, lists.row)
-            d_k, d_v, *carry = _over_row(lists.column, starts[r], counts[r], add, (*zeros, *carry))
+            d_k, d_v, *carry = _over_row(lists.column, starts[r], counts[r], add, (*zeros, *carry), most)
             return tuple(carry), (d_k, d_v)
 
         start = varying((jnp.zeros((n, size, t, d), lse.dtype), jax.tree.map(jnp.zeros_like, floats)), q, k, lists.row)

@@ -31,7 +31,8 @@ AT_ONCE = 1 << 20  # scores that are computed together
 BAND = 1 << 19  # those of several rows of a loop
 UNROLLED = 4  # chunks; a loop of more would keep rows from being computed beside each other
 BESIDE = 2  # loops that do not wait for each other
-ROWS = 2  # steps of a loop that are beside each other
+ROWS = 2  # steps of a loop that are beside each other; twice as many in a long one
+LONG = 24  # steps; in a shorter loop the steps left over would cost more
 
 
 def _groups(call: Any, sizes: Sizes, by_key: bool, heads: int) -> tuple[Group, ...]:
@@ -54,7 +55,8 @@ def _over_rows(group: Group, one: Callable[..., Any], carry: Any) -> tuple[Any, 
     steps = jax.tree.map(lambda x: x.reshape(count, group.together, *x.shape[1:]), arrays)
     if count == 1:
         return one(carry, *jax.tree.map(lambda x: x[0], steps))
-    carry, results = jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, steps), unroll=ROWS)
+    unroll = ROWS if count < LONG else 2 * ROWS
+    carry, results = jax.lax.scan(lambda carry, step: one(carry, *step), carry, jax.tree.map(jnp.asarray, steps), unroll=unroll)
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 

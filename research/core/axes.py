@@ -29,6 +29,8 @@ def _fitted(shape: tuple[int, ...], of: tuple[int, ...], axes: Names) -> list[Na
     extra = len(shape) - len(of)
     if extra >= 0 and shape[extra:] == of:  # moments; leading dimensions of particles or copies are nobody's
         return [(None,) * extra + axes]
+    if extra == 0 and any(size == own for size, own in zip(shape, of)):  # a statistic of one of its dimensions, [rows, rows]
+        return [tuple(name if size == own else None for name, size, own in zip(axes, shape, of))]
     if extra == -1:  # a factored second moment: the variable less one dimension
         return [axes[:i] + axes[i + 1 :] for i in range(len(of)) if of[:i] + of[i + 1 :] == shape]
     return []
@@ -39,9 +41,10 @@ def axes_like(tree: Tree, variables: Variables, axes: Tree) -> Tree:
 
     A leaf belongs to the variable whose whole path, with or without "params", "state" or "frozen" before it, ends the leaf's
     own path; the longest such path decides. It takes that variable's axes if it has its shape, with or without leading
-    dimensions (which stay unnamed), or its shape less one dimension. Where more than one dimension could be the missing one, as
-    in a factored square matrix, or two variables share the path, only the names that all readings agree on are kept: laying out
-    a dimension by the wrong name costs communication, leaving it whole only memory. Everything else is replicated.
+    dimensions (which stay unnamed), or its shape less one dimension. A leaf of as many dimensions, such as the [rows, rows] of
+    Shampoo's statistics, takes the names of those whose sizes it shares. Where more than one dimension could be missing, as in
+    a factored square matrix, or two variables share the path, only the names that all readings agree on are kept: laying out a
+    dimension by the wrong name costs communication, leaving it whole only memory. Everything else is replicated.
 
     tree, variables: leaves with a shape, abstract ones too. axes: `jax.P` beside every leaf of `variables`.
     """

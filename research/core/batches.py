@@ -41,6 +41,50 @@ def from_function(function: Callable[[int], Batch], length: int | None = None, f
     return Batches(lambda: _FunctionIterator(function, length), name, lambda step: {"next_index": step})
 
 
+class _TogetherIterator:
+    def __init__(self, iterators: Mapping[str, BatchIterator]):
+        self._iterators = iterators
+
+    def __iter__(self) -> _TogetherIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        return {name: next(iterator) for name, iterator in self._iterators.items()}
+
+    def get_state(self) -> Mapping[str, Any]:
+        return {name: dict(iterator.get_state()) for name, iterator in self._iterators.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        for name, iterator in self._iterators.items():
+            iterator.set_state(state[name])
+
+
+def together(parts: Mapping[str, Batches]) -> Batches:
+    """Batches {name: the next batch of parts[name]}, such as {"train", "validation"}; they end where the first of them does.
+    Cut by rows, each part is, where all can be: their batches must then have equally many."""
+    name = "; ".join(f"{name}: ({part.fingerprint})" for name, part in parts.items())
+    positions = {name: part.position for name, part in parts.items()}
+    cuts = {name: part.rows for name, part in parts.items()}
+
+    def position(step: int) -> Mapping[str, Any]:
+        return {name: at(step) for name, at in positions.items() if at}
+
+    def rows(start: int, stop: int) -> Batches:
+        return together({name: cut(start, stop) for name, cut in cuts.items() if cut})
+
+    return Batches(
+        lambda: _TogetherIterator({name: part.open() for name, part in parts.items()}),
+        name,
+        position if all(positions.values()) else None,
+        rows if all(cuts.values()) else None,
+    )
+
+
+def nothing() -> Batches:
+    """Endless batches of no arrays, for tasks that draw what they learn from inside the step (`transforms.drawn`, `unroll`)."""
+    return from_function(lambda _: {}, fingerprint="nothing")
+
+
 def open_at(batches: Batches, step: int, position: Mapping[str, Any] | None = None) -> BatchIterator:
     """An iterator that has given `step` batches: at `position` if one was saved, else by the source's own short cut, else by
     drawing and dropping."""

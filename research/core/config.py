@@ -108,7 +108,9 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] = MappingProxyTyp
     module = load_module(path)
     allowed = arguments(module)
     if arg and arg not in allowed:
-        raise ConfigError(f"--config {name}: no argument {arg!r}; allowed: {', '.join(allowed)}{suggestion(arg, allowed)}")
+        said = "" if hasattr(module, "ARGS") else f'; a config takes those that it lists: ARGS = ("{arg}", ...)'
+        near = suggestion(arg, allowed)
+        raise ConfigError(f"--config {name}: no argument {arg!r}; allowed: {', '.join(allowed)}{near}{said}")
     takes_argument = bool(inspect.signature(module.get_config).parameters)
     try:
         config = module.get_config(arg) if takes_argument else module.get_config()

@@ -16,7 +16,7 @@ import numpy as np
 from research.core.merge import rule_of
 from research.core.names import suggestion
 from research.core.tree import Path, joined, leaves_with_paths, map_with_path
-from research.core.types import GROUPS, Aux, Estimate, Evaluator, Learner, Method, Spec, Task, Tree, Variables
+from research.core.types import GROUPS, Aux, Estimate, Evaluator, Learner, Method, Spec, Task, TaskFamily, Tree, Variables
 
 CLOSED_OVER_LIMIT = 4 * 2**20  # bytes of one constant in a program; what is larger belongs in "frozen", as an argument
 
@@ -204,6 +204,27 @@ def check_task(task: Task | Any, methods: bool = True) -> Variables:
     if methods:
         _check_methods(task.methods, variables, "task")
     return variables
+
+
+def check_family(family: TaskFamily | Any) -> None:
+    """Parameters are arrays, the task of traced ones keeps its contract, and `batch` gives what its Specs say. Raises
+    ContractError."""
+    if not isinstance(family, TaskFamily):
+        _fail("family", "", "a TaskFamily", described(family))
+    key = abstract_key()
+    parameters = jax.eval_shape(family.sample, key)
+    for path, x in leaves_with_paths(parameters):
+        if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            _fail("family.sample", joined(path), "an array (a random key is an argument, never kept)", described(x))
+    _check_nested(family.data, "family", "data")
+
+    def checked(parameters: Tree, data: Tree, key: Any) -> tuple[Tree, Tree]:
+        task = family.task(parameters)
+        check_task(task)
+        check_same(abstract_batch(task.batch), family.batch(parameters, data, key), "family.batch")
+        return parameters, key
+
+    jax.eval_shape(checked, parameters, family.data, key)
 
 
 def check_estimate(estimate: Estimate, task: Task) -> None:

@@ -9,7 +9,7 @@ import jax
 
 from research.core.batches import prefetched
 from research.core.mesh import Layout
-from research.core.placement import onto, replicated
+from research.core.placement import onto, replicated, settled
 from research.core.types import Batch, Evaluation, Evaluator, Key, Variables
 
 
@@ -30,9 +30,7 @@ def evaluator_run(evaluation: Evaluation, layout: Layout | None = None) -> Calla
         try:
             for count, batch in enumerate(drawn, 1):
                 stats = update(stats, variables, batch, jax.random.fold_in(key, count - 1))
-                if layout is not None and jax.default_backend() == "cpu":
-                    # Simulated devices share a pool of threads: programs that wait for this one could leave it none to talk in.
-                    jax.block_until_ready(stats)
+                settled(stats, layout)
         finally:
             drawn.close()
         if not count:

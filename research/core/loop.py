@@ -174,6 +174,7 @@ def train(
 
         for call in drawn:
             state, new = program.step(state, call.batches, call.length, k_run)
+            placement.settled(new, mesh)
             step += call.length
             guard.keep(call.batches, call.length)
             seen.append(new)

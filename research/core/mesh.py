@@ -32,7 +32,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
     "layers": ("pipeline",),
+    "matrices": ("pipeline", "fsdp", "tensor"),
     "population": ("population",),
+    "particles": ("data", "fsdp"),
 }
 
 
@@ -109,16 +111,18 @@ def make_layout(
     for name, over in rules.items():
         for axis in over:
             if axis not in AXES:
-                raise ValueError(f"mesh rule {name!r}: no mesh axis {axis!r}; allowed: {', '.join(AXES)}")
+                raise ValueError(
+                    f"mesh rule {name!r}: no mesh axis {axis!r}; allowed: {', '.join(AXES)}{suggestion(axis, AXES)}"
+                )
     sizes, devices = {axis: sizes[axis] for axis in AXES if axis in sizes}, jax.devices()
     open_axes = [a for a, n in sizes.items() if n == -1]
     known = math.prod(n for n in sizes.values() if n != -1)
+    given = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1)
     if len(open_axes) > 1 or any(n != -1 and n < 1 for n in sizes.values()):
-        raise ValueError(f"mesh {sizes}: sizes are 1 or more, and at most one is -1")
+        raise ValueError(f"mesh {given}; allowed: sizes are 1 or more, and at most one is -1")
     if known > len(devices) or (open_axes and len(devices) % known):
-        raise ValueError(
-            f"mesh {sizes}: needs {'a divisor of' if open_axes else 'at most'} {len(devices)} devices, got {known}"
-        )
+        most = f"{'a divisor of' if open_axes else 'at most'} {len(devices)} devices"
+        raise ValueError(f"mesh {given}: the sizes given make up {known}; allowed: {most}, all that are here")
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
     # Axes of one device are left out: a shard_map over them would sum gradients over nobody, in a collective of its own.
@@ -145,10 +149,24 @@ def entered(layout: Layout | None) -> Iterator[None]:
         _IN_USE.reset(token)
 
 
+_TAKEN: ContextVar[tuple[str, ...]] = ContextVar("taken", default=())
+
+
+@contextlib.contextmanager
+def taken(axes: Sequence[str]) -> Iterator[None]:
+    """Within, nothing is laid over these mesh axes: they are those of a dimension that a `jax.vmap` around hides."""
+    token = _TAKEN.set((*_TAKEN.get(), *axes))
+    try:
+        yield
+    finally:
+        _TAKEN.reset(token)
+
+
 def _free(layout: Layout) -> dict[str, int]:
-    """The mesh axes that a layer may still talk or lay out over, with their sizes: within `jax.shard_map` not those it took."""
-    taken = jax.sharding.get_abstract_mesh().manual_axes
-    return {a: n for a, n in layout.mesh.shape.items() if a not in taken}
+    """The mesh axes that a layer may still talk or lay out over, with their sizes: within `jax.shard_map` not those it took,
+    and not those that are `taken`."""
+    used = (*jax.sharding.get_abstract_mesh().manual_axes, *_TAKEN.get())
+    return {a: n for a, n in layout.mesh.shape.items() if a not in used}
 
 
 def axes_of(name: str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def call_checked(fn: Callable[..., T], kwargs: Mapping[str, Any], where: str) ->
     """`fn(**kwargs)` after comparing the keywords with its signature. `where` names the section of the config, such as "model".
 
     Raises ValueError (one line) for an unknown keyword, with the nearest match, for missing ones, and for a value that is not
-    of the plain type (int, float, bool, str or a sequence of them) that the signature says.
+    of the plain type (int, float, bool, str, a sequence or mapping of them) that the signature says.
     """
     allowed, required = keywords(fn)
     for name in kwargs:
@@ -66,9 +66,14 @@ def call_checked(fn: Callable[..., T], kwargs: Mapping[str, Any], where: str) ->
     hints = typing.get_type_hints(_undone(fn))
     for name, value in kwargs.items():
         if not _fits(value, hints.get(name, Any)):
-            wanted = getattr(hints[name], "__name__", str(hints[name])).replace("collections.abc.", "")
-            raise ValueError(f"{where}.{name}={value!r} is of the wrong type; allowed: {wanted}")
+            raise ValueError(f"{where}.{name}={value!r} is of the wrong type; allowed: {_said(hints[name])}")
     return fn(**kwargs)
+
+
+def _said(hint: Any) -> str:
+    """A type as a person writes it: float, Sequence[float], Mapping[str, float]."""
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("collections.abc.", "").replace("typing.", "")
 
 
 def _undone(fn: Any) -> Any:
@@ -91,4 +96,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin in (Sequence, list, tuple) and not (origin is tuple and inner[-1] is not ...):
         return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
+    if origin is Mapping:  # a section of a config is no Mapping, but has its methods
+        return hasattr(value, "items") and all(_fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items())
     return True

@@ -70,6 +70,13 @@ def stacked(shardings: Tree) -> Tree:
     return jax.tree.map(lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec)), shardings)
 
 
+def settled(tree: Tree, layout: Layout | None) -> None:
+    """Waits for these results of a program on a mesh of simulated devices, which share one pool of threads: programs that are
+    begun before it has ended could leave its last device no thread to take part in a collective with, for good."""
+    if layout is not None and jax.default_backend() == "cpu":
+        jax.block_until_ready(tree)
+
+
 def rows_here(shardings: Tree, specs: Tree) -> tuple[int, int] | None:
     """(start, stop) of the leading dimension, from the first row to the last that this process's devices need of any leaf; None
     where the leaves have not all one leading dimension."""

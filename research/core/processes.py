@@ -8,12 +8,16 @@ coordination service, so it may be called from any thread, and costs nothing whe
 from __future__ import annotations
 
 import collections
+import contextvars
 import hashlib
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +33,7 @@ COORDINATOR, COUNT, INDEX, HEARTBEAT = "GNOMON_COORDINATOR", "GNOMON_PROCESSES",
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that is gone is noticed by its heartbeat, long before
 _calls: collections.Counter[str] = collections.Counter()
 
+LAUNCHER = "GNOMON_LAUNCHER"  # the number of a pipe that nobody writes to, and that is at its end when `gnomon launch` is gone
 STOPPED = "GNOMON_STOPPED"  # the exit code that is wanted of a run that was asked to stop and has saved, where that is not 0
 LOST = 75  # the exit code of a process that cannot go on since another is gone
 _LOSSES = re.compile(r"Gloo|NCCL|coordination|heartbeat|UNAVAILABLE|connection (reset|closed|refused)", re.IGNORECASE)
@@ -36,6 +41,10 @@ _LOSSES = re.compile(r"Gloo|NCCL|coordination|heartbeat|UNAVAILABLE|connection (
 
 class PeerError(RuntimeError):
     """Another process failed at what all were doing; the message has its number and its words."""
+
+
+class JoinError(RuntimeError):
+    """The processes could not meet: their port is taken, or one of them did not come."""
 
 
 def told_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -68,14 +77,34 @@ def told_by(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def join(environ: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes, where the environment tells of any; once, and before jax is asked for its devices."""
+    """Joins the other processes, where the environment tells of any; once, and before jax is asked for its devices.
+
+    Raises JoinError (one line) where they do not meet.
+    """
     told = told_by(environ)
     if told is None or distributed.global_state.client is not None:
         return
     _tell_fatal_errors_in_one_line()
+    follow_launcher(environ)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM: see core.interrupts
-    jax.distributed.initialize(**told)
+    if told.get("process_id") == 0:
+        _check_free(told["coordinator_address"])
+    try:
+        jax.distributed.initialize(**told)
+    except jax.errors.JaxRuntimeError as error:
+        raise JoinError(f"the processes did not meet: {str(error).splitlines()[0]}; allowed: all of them started") from error
+
+
+def _check_free(address: str) -> None:
+    """JoinError where this process, number 0, cannot take the port of "host:port", of which jaxlib may die without a word."""
+    try:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        port = int(address.rpartition(":")[2])
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        said = os.strerror(error.errno or 0)
+        raise JoinError(f"the processes cannot meet at {address} ({said}); allowed: a free port") from error
 
 
 def _tell_fatal_errors_in_one_line() -> None:
@@ -87,6 +116,21 @@ def _tell_fatal_errors_in_one_line() -> None:
     sys.stderr.flush()
     os.dup2(reader.stdin.fileno(), 2)
     reader.stdin.close()
+
+
+def follow_launcher(environ: Mapping[str, str] = os.environ) -> None:
+    """Asks this process to stop, as SIGTERM does, once the launcher that started it is gone, in whatever way: nobody would read
+    its output any more, or end it. What it still says is dropped, so that it can save."""
+
+    def wait(pipe: int) -> None:
+        os.read(pipe, 1)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if LAUNCHER in environ:
+        threading.Thread(target=wait, args=(int(environ[LAUNCHER]),), name="launcher", daemon=True).start()
 
 
 def store() -> Any:
@@ -162,15 +206,28 @@ def first(name: str, function: Callable[[], T], raising: type[Exception] = Value
 def everywhere(name: str, function: Callable[[], T]) -> T:
     """The value of `function()` here, when every process has come through it.
 
-    Where one raises, all do: that process what it was, the others a PeerError with its number and words.
+    Where one raises, all do: that process what it was, the others a PeerError with its number and words, also those whose
+    function is still waiting for that process: it is left to itself, in the thread that it was called in.
     """
     if count() == 1:
         return function()
-    value, error = None, None
-    try:
-        value = function()
-    except Exception as raised:
-        error = raised
+    failing = f"gnomon/{name}/{_calls[name] + 1}/failing"
+    came: list[T] = []
+    errors: list[Exception] = []
+
+    def called() -> None:
+        try:
+            came.append(function())
+        except Exception as raised:
+            errors.append(raised)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(called,), name=name, daemon=True)
+    thread.start()
+    while thread.is_alive() and not _is_set(failing):
+        thread.join(0.05)
+    error = errors[0] if errors else None
+    if error is not None:
+        store().key_value_set(failing, "", allow_overwrite=True)
 
     def failed(lines: list[str | None]) -> str | None:
         return next((f"process {i}: {line}" for i, line in enumerate(lines) if line), None)
@@ -180,7 +237,18 @@ def everywhere(name: str, function: Callable[[], T]) -> T:
         raise error
     if told is not None:
         raise PeerError(told)
-    return value  # type: ignore[return-value]
+    return came[0]
+
+
+def _is_set(key: str) -> bool:
+    """Whether any process has set this key of the store."""
+    try:
+        store().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return False
+    return True
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Array = jax.Array
 Key = jax.Array  # a typed key, as jax.random.key gives it
@@ -163,6 +164,32 @@ class Batches(NamedTuple):
     fingerprint: str
     position: Callable[[int], Mapping[str, Any]] | None = None
     rows: Callable[[int, int], Batches] | None = None
+
+
+class TaskFamily(NamedTuple):
+    """A distribution over tasks of one form: what a learned optimizer, an initialization or a context is learned over.
+
+    sample: key -> parameters, a tree of arrays that says which task it is ({} where all are one).
+    task: parameters -> Task; parameters may be traced, and Specs, axes and shapes of Variables are the same for all of them.
+    batch: (parameters, data, key) -> one batch of that task, drawn afresh; pure.
+    data: arrays that `batch` reads, such as a training set; transforms keep them in "frozen", never closed over.
+    """
+
+    sample: Callable[[Key], Tree]
+    task: Callable[[Tree], Task]
+    batch: Callable[[Tree, Tree, Key], Batch]
+    data: Tree = {}
+
+
+class LearnedOptimizer(NamedTuple):
+    """An optimizer that is learned: its own parameters, theta, and what they make.
+
+    init: key -> theta, nested dicts of arrays.
+    transformation: theta -> an optax transformation; theta may be traced and differentiated.
+    """
+
+    init: Callable[[Key], Tree]
+    transformation: Callable[[Tree], optax.GradientTransformation]
 
 
 class Stage(NamedTuple):

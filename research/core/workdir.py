@@ -1,7 +1,8 @@
 """The folder of a run, which explains itself.
 
 config.json      the resolved config
-versions.json    what ran it: Python, packages, CPU and devices, commit; earlier starts that differed under "earlier"
+versions.json    what ran it: Python, packages, CPU and devices, commit; the sha256 of what it read from other runs, such as a
+                 learned optimizer's theta, under "read"; earlier starts that differed under "earlier"
 metrics.jsonl    what was logged, one JSON object a line (research.core.hooks)
 events/          the same for TensorBoard
 checkpoints/     States (research.core.checkpoint)
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -209,21 +211,23 @@ class Workdir:
         finished = not other and (path / "summary.json").exists()
         return FINISHED if finished else UNFINISHED, changed, overwrite
 
-    def begin(self) -> None:
+    def begin(self, read: Mapping[str, str] = MappingProxyType({})) -> None:
         """Makes the folder, locks it, and writes config.json and versions.json. To be called when everything else is ready.
+
+        read: {key of the config: sha256} of what the run reads from other runs; in versions.json.
 
         Raises ValueError (one line) where another process writes here, or the folder cannot be made.
         """
-        processes.first("workdir", self._begin)
+        processes.first("workdir", lambda: self._begin(read))
 
-    def _begin(self) -> None:
+    def _begin(self, read: Mapping[str, str]) -> None:
         try:
             self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path / _LOCK)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-            self._fill()
+            self._fill(read)
         except OSError as error:
             self.close()
             raise ValueError(f"workdir {self.path} cannot be written: {error.strerror} ({error.filename})") from error
@@ -231,7 +235,7 @@ class Workdir:
             self.close()
             raise
 
-    def _fill(self) -> None:
+    def _fill(self, read: Mapping[str, str]) -> None:
         if self.status == NEW and not self._overwrite and (self.path / "config.json").exists():
             self._made = []
             raise ValueError(f"workdir {self.path} has been taken by another process in the meantime; run the command again")
@@ -239,11 +243,11 @@ class Workdir:
         for name in gone:
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        self._write_versions()
+        self._write_versions(read)
         files.write_whole(self.path / "config.json", files.json_bytes(self.config))
 
-    def _write_versions(self) -> None:
-        path, now = self.path / "versions.json", versions()
+    def _write_versions(self, read: Mapping[str, str]) -> None:
+        path, now = self.path / "versions.json", versions() | ({"read": dict(read)} if read else {})
         before = read_json(path) if path.exists() else {}
         earlier = before.pop("earlier", [])
         if before and (before != files.plain(now) or self.changed):
@@ -306,7 +310,10 @@ def config_of(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not file.exists():
         raise ValueError(f"{path} holds no run: there is no config.json in it; allowed: the folder of a run")
-    return {key: value for key, value in read_json(file).items() if key != OVERFIT}
+    held = read_json(file)
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} holds a {type(held).__name__}, no config; restore it, or choose another workdir")
+    return {key: value for key, value in held.items() if key != OVERFIT}
 
 
 class Run(NamedTuple):

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from research.core.names import choose
-from research.data import fashion_mnist
+from research.data import fashion_mnist, glyphs
 
-FETCHED = {fashion_mnist.NAME: fashion_mnist.fetch}
+FETCHED = {fashion_mnist.NAME: fashion_mnist.fetch, glyphs.FONTS: glyphs.fetch}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

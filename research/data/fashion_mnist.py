@@ -14,10 +14,10 @@ import subprocess
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 
+from research.data.debian import Say, reason, unpacked
 from research.data.folder import data_folders, made_writable, writable_folder
 from research.data.images import images_from_idx
 
@@ -36,7 +36,6 @@ FILES = {
 }
 CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
-Say = Callable[[str], None]
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
@@ -99,7 +98,7 @@ def fetch(folder: str | None = None, say: Say = print) -> str:
                 for name in FILES:
                     _verify(os.path.join(working, name))
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                reasons.append(f"{way}: {_reason(error)}")
+                reasons.append(f"{way}: {reason(error)}")
                 say(reasons[-1])
                 continue
             for name in FILES:
@@ -109,38 +108,11 @@ def fetch(folder: str | None = None, say: Say = print) -> str:
     raise ValueError(f"Fashion-MNIST could not be fetched: {'; '.join(reasons)}")
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "stderr", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[-1]
-
-
 def from_debian(working: str, say: Say) -> None:
-    """Downloads the package with apt-get and unpacks it below `working`; package lists that are missing or old are fetched to
-    `working` too, so nothing on the machine changes."""
-    lists = [f"Dir::State::lists={working}/lists", f"Dir::Cache={working}/cache"]
-    say(f"apt-get download {PACKAGE} (31 MB)")
-    try:
-        _apt(working, [], "download", PACKAGE)
-    except subprocess.CalledProcessError:
-        say("apt-get update, into a folder of its own: the package lists here do not have it")
-        for part in ("lists/partial", "cache/archives/partial"):
-            os.makedirs(os.path.join(working, part))
-        _apt(working, lists, "update")
-        _apt(working, lists, "download", PACKAGE)
-    package = next(name for name in os.listdir(working) if name.endswith(".deb"))
-    say(f"dpkg-deb -x {package}")
-    _run(working, "dpkg-deb", "-x", package, "unpacked")
+    """The four files out of the Debian package, to `working`."""
+    top = unpacked(PACKAGE, "31 MB", working, say)
     for name in FILES:
-        os.replace(os.path.join(working, "unpacked", SYSTEM_FOLDER.lstrip("/"), name), os.path.join(working, name))
-
-
-def _apt(working: str, options: list[str], *command: str) -> None:
-    settings = ["Acquire::Retries=1", "Acquire::http::Timeout=30", "APT::Sandbox::User=root", *options]
-    _run(working, "apt-get", *(part for setting in settings for part in ("-o", setting)), "-q", *command)
-
-
-def _run(folder: str, *command: str) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        os.replace(os.path.join(top, SYSTEM_FOLDER.lstrip("/"), name), os.path.join(working, name))
 
 
 def from_mirror(working: str, say: Say) -> None:

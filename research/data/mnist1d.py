@@ -70,7 +70,7 @@ def _drawn(template: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 
 def mnist1d(
-    *, samples: int = 5000, train: float = 0.8, shuffled: bool = False, seed: int = 42
+    *, samples: int = 5000, train: float = 0.8, shuffled: bool = False, label_noise: float = 0.0, seed: int = 42
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"train": (x float32 [4000, 40], y int32 [4000]), "test": (x [1000, 40], y [1000])}.
 
@@ -78,10 +78,13 @@ def mnist1d(
       samples: in all; rounded down to a multiple of the ten classes.
       train: their fraction to train on.
       shuffled: permute the 40 places, the same way everywhere: what is local is lost.
+      label_noise: the probability with which a training label is replaced by one of the ten, its own among them.
       seed: of the generator; the published data set is 42.
 
-    Raises ValueError where a part would be empty, or for a seed that the generator does not take.
+    Raises ValueError where a part would be empty, for a probability that is none, or a seed that the generator does not take.
     """
+    if not 0 <= label_noise <= 1:
+        raise ValueError(f"data.label_noise={label_noise} must be 0 to 1")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"data.seed={seed} must be 0 to {MAX_SEED}")
     each = samples // 10
@@ -96,10 +99,15 @@ def mnist1d(
     if shuffled:
         x = x[:, random.permutation(LENGTH)]
     x = ((x - x.mean()) / x.std()).astype(np.float32)
+    if label_noise:  # drawn last, so that the examples are those without it
+        noisy = random.rand(cut) < label_noise
+        y[:cut] = np.where(noisy, random.randint(0, 10, cut), y[:cut])
     return {"train": (x[:cut], y[:cut]), "test": (x[cut:], y[cut:])}
 
 
-def mnist1d_sources(*, shuffled: bool = False, seed: int = 42) -> dict[str, Source]:
-    """{"train", "test"}: Sources of {"inputs": float32 [40], "targets": int32 []}, of the published sizes."""
-    parts = mnist1d(shuffled=shuffled, seed=seed)
+def mnist1d_sources(
+    *, samples: int = 5000, train: float = 0.8, shuffled: bool = False, label_noise: float = 0.0, seed: int = 42
+) -> dict[str, Source]:
+    """{"train", "test"}: Sources of {"inputs": float32 [40], "targets": int32 []}, by default of the published sizes."""
+    parts = mnist1d(samples=samples, train=train, shuffled=shuffled, label_noise=label_noise, seed=seed)
     return {part: array_source({"inputs": x, "targets": y}) for part, (x, y) in parts.items()}

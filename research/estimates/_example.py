@@ -54,3 +54,27 @@ def linear_regression(batch: int = 8, features: int = 3) -> Task:
         },
         merge={"largest": "max", "seen": "sum"},
     )
+
+
+def leaking_state(length: int = 2) -> Task:
+    """`length` steps a call of x <- 0.9 x + rate * (1 - x) + noise from a start that is drawn, losing x^2 each: state that what
+    the params did before has an influence on. Its batch is {}."""
+
+    def init(key: Key) -> Variables:
+        return {
+            "params": {"rate": jnp.full((2,), 0.1)},
+            "state": {"x": jax.random.normal(key, (2,)), "t": jnp.zeros((), jnp.int32)},
+            "frozen": {"noise": jnp.full((2,), 0.01)},
+        }
+
+    def loss(variables: Variables, batch: Batch, key: Key):
+        def step(x: jax.Array, key: Key):
+            noise = variables["frozen"]["noise"] * jax.random.normal(key, (2,))
+            x = 0.9 * x + variables["params"]["rate"] * (1 - x) + noise
+            return x, (x**2).sum()
+
+        x, losses = jax.lax.scan(step, variables["state"]["x"], jax.random.split(key, length))
+        state = {"x": x, "t": variables["state"]["t"] + length}
+        return losses.mean(), Aux(state, {"last": (losses[-1], jnp.ones(()))}, None)
+
+    return Task(init, loss, {}, {})

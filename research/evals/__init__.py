@@ -7,6 +7,7 @@ from research.evals.bits_per_byte import bits_per_byte
 from research.evals.bootstrap import bootstrap
 from research.evals.collect import collect
 from research.evals.confusion_matrix import confusion_matrix
+from research.evals.episode_accuracy import episode_accuracy, nearest_neighbour
 from research.evals.mean import mean
 from research.evals.mean_of_loss import mean_of_loss
 
@@ -19,8 +20,10 @@ __all__ = [
     "collect",
     "confusion_matrix",
     "correct",
+    "episode_accuracy",
     "mean",
     "mean_of_loss",
+    "nearest_neighbour",
     "nll",
     "squared_error",
 ]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.core import loop
+from research.core.batches import together
 from research.core.config import find, flat, is_section, load_config, load_module
 from research.core.evaluate import names_of
 from research.core.hooks import EarlyStopping
@@ -32,7 +33,7 @@ from research.experiment.meshes import check_fits, layout_of
 from research.experiment.parts import Experiment, Parts, Table, Text
 from research.experiment.sections import arguments, only
 from research.experiment.supervised import supervised
-from research.experiment.wrapping import learner_of, lifted, members_of, task_of
+from research.experiment.wrapping import chooses, learner_of, lifted, members_of, read_by, task_of
 from research.learners import members
 from research.transforms import teach
 
@@ -84,7 +85,10 @@ def assembled(config: Any) -> Experiment:
     parts = make(config)
     teacher = _teacher(config.transforms)
     task = task_of(config, parts.task, teacher.task if teacher else None)
-    learner, n = learner_of(config, task), members_of(config)
+    learner, n = learner_of(config, task, parts.held_out), members_of(config)
+    train = parts.train
+    if chooses(config) and parts.held_out:
+        train = together({"train": parts.train, "validation": parts.held_out.batches})
     enter = _warm(config.warm_start, parts.task)
     if teacher:
         enter = _taught(teach(task, teacher.variables), enter)
@@ -92,7 +96,7 @@ def assembled(config: Any) -> Experiment:
     check_fits(config, layout, learner)
     evaluations = lifted(parts.evaluations, n)
     _check_metrics(config, evaluations)
-    stage = Stage(learner, parts.train, config.train.steps, members(enter, n) if n and enter else enter)
+    stage = Stage(learner, train, config.train.steps, members(enter, n) if n and enter else enter)
     early = arguments(config.early_stopping)
     history = [partial(EarlyStopping, **early)] if early["patience"] else []
     return Experiment(
@@ -112,6 +116,7 @@ def assembled(config: Any) -> Experiment:
         show=parts.show,
         derived=parts.derived,
         dtype=config.model.dtype if "dtype" in config.model else "float32",
+        read=read_by(config),
     )
 
 

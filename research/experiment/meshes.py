@@ -26,7 +26,7 @@ def layout_of(config: Any) -> Layout | None:
 
 def check_fits(config: Any, layout: Layout | None, learner: Learner) -> None:
     """ValueError where microbatches, of `estimate.accumulated` or the pipeline, do not cut the batch into what the mesh can lay
-    out, and where the pipeline has nothing to cut."""
+    out, where the pipeline has nothing to cut, and where sequences to evaluate on do not divide."""
     if layout is None:
         return
     rows = next((s.shape[s.axes.index("batch")] for s in jax.tree.leaves(learner.batch) if "batch" in s.axes), 0)
@@ -34,6 +34,9 @@ def check_fits(config: Any, layout: Layout | None, learner: Learner) -> None:
     n = config.estimate.accumulated.n if "accumulated" in wrap else 1
     batch = f"stream.batch={rows}"
     _check_cut("estimate.accumulated.n", n, batch, rows, layout)
+    if "length" in config.evaluate and config.evaluate.length % layout.parts("length"):
+        where = f"mesh.{'x'.join(layout.rules['length'])}={layout.parts('length')}"
+        raise ValueError(f"evaluate.length={config.evaluate.length} is not divisible by {where}")
     if layout.parts("layers") > 1:
         _check_stages(config, layout, learner)
         cut = "pipeline.microbatches", layout.pipeline.microbatches

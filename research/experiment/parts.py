@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from research.core.hooks import Hook
 from research.core.mesh import Layout
-from research.core.types import Batches, Evaluation, Key, Stage, Task, Variables
+from research.core.types import Array, Batch, Batches, Evaluation, Key, Stage, Task, Tree, Variables
 
 
 class Table(NamedTuple):
@@ -28,12 +28,21 @@ class Text(NamedTuple):
 Closing = Callable[[Variables, Mapping[str, Any], Key], Sequence[Table | Text]]
 
 
+class HeldOut(NamedTuple):
+    """Batches without end of what is held out, with the Specs of the task's, and what is measured on each of their examples by
+    the task's "predict", the smaller the better: (outputs, batch) -> [batch, ...]."""
+
+    batches: Batches
+    measure: Callable[[Tree, Batch], Array]
+
+
 class Parts(NamedTuple):
     """A task with its data: what a kind of problem makes of a config before anything wraps it.
 
     train: what it learns from. evaluations: {prefix: Evaluation}. units: {"tokens": how many a batch holds}, for rates.
     closing: what to show when all is done, from the final variables and the last results.
     sample: (variables, key, how many) -> texts, where there is something to sample.
+    held_out: what a learner that chooses while it trains, such as pbt, does so on, where some of the training set is.
     show: evaluation results to show while training; derived: {label: training metrics -> number} for the same.
     """
 
@@ -45,6 +54,7 @@ class Parts(NamedTuple):
     sample: Callable[..., Sequence[str]] | None = None
     show: Sequence[str] = ()
     derived: Mapping[str, Callable[[Mapping[str, Any]], float]] = {}
+    held_out: HeldOut | None = None
 
 
 class Experiment(NamedTuple):
@@ -52,7 +62,8 @@ class Experiment(NamedTuple):
 
     checkpoints: keywords of `core.checkpoint.Checkpoints` but its directory. hooks: more of them, such as early stopping; those
     that read the run's history are made by `history_hooks(path of metrics.jsonl)`.
-    dtype: of the operands of products, for the peak that MFU is a share of.
+    dtype: of the operands of products, for the peak that MFU is a share of. read: {key of the config: sha256} of what comes
+    from other runs, for the run's record.
     """
 
     stages: Sequence[Stage]
@@ -71,3 +82,4 @@ class Experiment(NamedTuple):
     show: Sequence[str] = ()
     derived: Mapping[str, Callable[[Mapping[str, Any]], float]] = {}
     dtype: str = "float32"
+    read: Mapping[str, str] = {}

@@ -36,6 +36,8 @@ def wrapped(inner: T, table: Mapping[str, Callable[..., T]], section: Any, where
     if "wrap" not in section:
         raise ValueError(f"config lacks {where}.wrap; allowed: a list of {', '.join(sorted(table))}")
     names: Sequence[str] = section["wrap"]
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"{where}.wrap={names!r} is no list; allowed: a list of {', '.join(sorted(table))}")
     for key in section:
         if key not in ("wrap", *names):
             if key in table:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.core.names import choose, keywords
-from research.core.types import Evaluation, Task
+from research.core.types import Batches, Evaluation, Task
 from research.data import arrays, images, mnist1d
 from research.data.errors import about
 from research.data.fashion_mnist import fashion_mnist
 from research.data.streams import BAD_RECORDS, Source, ordered_batches, subset, train_batches
 from research.evals import absolute_error, bootstrap, correct, mean, nll, squared_error
-from research.experiment.parts import Parts
+from research.experiment.parts import HeldOut, Parts
 from research.experiment.sections import called, only
 from research.models import MODELS
 from research.tasks import classification, regression
@@ -67,8 +67,8 @@ def _folders(*, train: str, test: str, channels: int) -> Split:
     return _images(*parts, f"data.test={test!r}")
 
 
-def _mnist1d(*, shuffled: bool, seed: int) -> Split:
-    parts = mnist1d.mnist1d_sources(shuffled=shuffled, seed=seed)
+def _mnist1d(*, shuffled: bool, seed: int, samples: int = 5000, train: float = 0.8, label_noise: float = 0.0) -> Split:
+    parts = mnist1d.mnist1d_sources(samples=samples, train=train, shuffled=shuffled, label_noise=label_noise, seed=seed)
     return Split(parts["train"], parts["test"], (mnist1d.LENGTH,), 10)
 
 
@@ -112,6 +112,8 @@ MEASURES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "classification": {"accuracy": correct(), "nll": nll},
     "regression": {"mse": squared_error, "mae": absolute_error},
 }
+# Of these, what is chosen by on held-out examples: the smaller the better.
+CHOSEN_BY: Mapping[str, str] = {"classification": "nll", "regression": "mse"}
 
 
 def supervised(config: Any) -> Parts:
@@ -141,12 +143,18 @@ def supervised(config: Any) -> Parts:
         else {"val": Evaluation(mean(predict, measures), ordered_batches(held_out, batch, **bad), config.evaluate.every)}
     )
     test = Evaluation(bootstrap(predict, measures), ordered_batches(split.test, batch, **bad), 0)
+
+    def endless(source: Source) -> Batches:
+        return train_batches(source, config.stream.batch, seed=config.seed, remainder="drop", **bad)
+
+    chosen_by = measures[CHOSEN_BY[config.task.name]]
     return Parts(
         task,
-        train_batches(train, config.stream.batch, seed=config.seed, remainder="drop", **bad),
+        endless(train),
         {**validation, "test": test},
         {"examples": config.stream.batch},
         show=[f"val/{name}" for name in measures],
+        held_out=HeldOut(endless(held_out), chosen_by) if held_out and len(held_out) >= config.stream.batch else None,
     )
 
 

@@ -23,6 +23,7 @@ from research.learners._update import (
     variables_of,
     watched,
 )
+from research.optim.scheduled import evaluated
 
 
 def gradient(
@@ -36,7 +37,8 @@ def gradient(
     State: "step" int32, "params", "state", "frozen", "opt" (of tx), "memory" (of the estimate). Metrics: the task's, "loss"
     (weighted by Aux.weight, by 1 where that is None), "grad_norm". watch: {group: regular expression, searched for in the
     paths of params joined by slashes}; each group adds "grad_norm/<group>" and "update_ratio/<group>", the norm of the update
-    over that of the weights.
+    over that of the weights. `variables` gives the params that the optimizer says to evaluate, where those are not the ones
+    being trained (`research.optim.scheduled`: schedule_free).
 
     Raises ValueError: a task that breaks its contract, a pattern that matches nothing.
     """
@@ -62,9 +64,12 @@ def gradient(
         new = {"step": state["step"] + 1, "params": moved.params, "state": moved.aux.state}
         return {**state, **new, "opt": moved.opt, "memory": moved.memory}, metrics
 
+    def variables(state: State) -> Variables:
+        return {**variables_of(state), "params": evaluated(state["opt"], state["params"])}
+
     opt_axes, memory_axes = mover.axes(abstract, axes)
     axes = {"step": jax.P(), **axes, "opt": opt_axes, "memory": memory_axes}
-    return Learner(init, step, variables_of, task.methods, task.batch, axes)
+    return Learner(init, step, variables, task.methods, task.batch, axes)
 
 
 def example() -> Example:

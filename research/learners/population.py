@@ -34,18 +34,20 @@ def _is_named(path: Path, name: str) -> bool:
     return bool(path) and path[-1] == last and all(part in rest for part in before)
 
 
-def hyperparameter(state: State, name: str) -> Path:
+def hyperparameter(state: State, name: str, what: str = "vary") -> Path:
     """The path of the one leaf of a State that is called `name`: its last key, or last key and some before it, as in
-    "generator/learning_rate". Raises ValueError (one line) where there is none or more than one."""
+    "generator/learning_rate". Raises ValueError (one line, beginning with `what`) where there is none or more than one."""
     paths = [path for path, _ in leaves_with_paths(state)]
     found = [path for path in paths if _is_named(path, name)]
     if len(found) == 1:
         return found[0]
     if found:
         listed = ", ".join(map(joined, found[:4]))
-        raise ValueError(f"vary[{name!r}]: {len(found)} leaves are called so, {listed}; name one, with keys before it, as a/b")
+        raise ValueError(
+            f"{what}[{name!r}]: {len(found)} leaves are called so, {listed}; name one, with keys before it, as a/b"
+        )
     names = sorted({path[-1] for path in paths})
-    raise ValueError(f"vary[{name!r}]: no leaf of the State is called so{suggestion(name, names)}")
+    raise ValueError(f"{what}[{name!r}]: no leaf of the State is called so{suggestion(name, names)}")
 
 
 def population(
@@ -91,7 +93,7 @@ def population(
 
     def step(state: State, batch: Batch, key: Key) -> tuple[State, Metrics]:
         if method == "vmap":
-            mapped = jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=_over())
+            mapped = jax.vmap(learner.step, (lane, None, 0), (lane, 0), axis_size=n, spmd_axis_name=over_mesh())
             return mapped(state, batch, keys(key))
         shared = {name: x for name, x in state.items() if lane[name] is None}
 
@@ -109,7 +111,7 @@ def population(
 
     def lifted(apply):
         def each(variables, inputs, key):
-            mapped = jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=_over())
+            mapped = jax.vmap(apply, (groups, None, None), axis_size=n, spmd_axis_name=over_mesh())
             return mapped(variables, inputs, key)
 
         return each
@@ -120,7 +122,7 @@ def population(
     return Learner(init, step, variables, methods, learner.batch, axes)
 
 
-def _over() -> tuple[str, ...] | None:
+def over_mesh() -> tuple[str, ...] | None:
     """The mesh axes of the members, for `jax.vmap`: unless it is told, a shard_map or a sharding constraint within the task
     makes every device compute all of them. Not under a pipeline, whose shard_map leaves these axes to the compiler, and raises
     where it is told of them."""

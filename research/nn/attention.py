@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,16 @@ class AttentionConfig:
         choose(DTYPES, self.dtype, "model.dtype")
 
 
+@contextlib.contextmanager
+def _named(implementation: str | None) -> Iterator[None]:
+    """What a named implementation does not support is bad input: a ValueError that names the config's key."""
+    try:
+        yield
+    except NotImplementedError as error:
+        key = f"model.attention.implementation={implementation or ''!r}"
+        raise ValueError(f"{key} does not support this: {error}; '' takes the best that does") from None
+
+
 class Attention(Layer):
     """Self-attention, [batch, length, width] -> the same. mask: which positions see which; one that is to decode sees nothing
     that comes later."""
@@ -82,7 +94,8 @@ class Attention(Layer):
         """float32 [B, T, H, D] of queries at positions first .. first + T - 1 and keys at 0 .. S - 1; operands are rounded to
         config.dtype."""
         operands = self._rounded(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD)
-        out = sparse_attention(*operands, self.mask, q_offset=first, implementation=self.config.implementation)
+        with _named(self.config.implementation):
+            out = sparse_attention(*operands, self.mask, q_offset=first, implementation=self.config.implementation)
         return out.astype(jnp.float32)
 
     def _rounded(self, *arrays: jax.Array) -> list[jax.Array]:
@@ -90,7 +103,8 @@ class Attention(Layer):
 
     def __call__(self, x_BxTxC: jax.Array) -> jax.Array:
         operands = self._rounded(*self._projected(x_BxTxC, 0))
-        out = sharded_attention.attend(*operands, self.mask, implementation=self.config.implementation)
+        with _named(self.config.implementation):
+            out = sharded_attention.attend(*operands, self.mask, implementation=self.config.implementation)
         return self._merged(out.astype(jnp.float32))
 
     def _slots(self, context: int) -> int:

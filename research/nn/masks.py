@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pallas_kernels.attention import masks
+from pallas_kernels.attention import block_mask, masks
 from pallas_kernels.attention.algebra import Both, Either, Mask
 from pallas_kernels.attention.api import IMPLEMENTATIONS
-from pallas_kernels.attention.patterns import Everything, Window
+from pallas_kernels.attention.patterns import BlockWindow, Everything, Window
 from research.core.names import call_checked, choose, suggestion
 from research.nn import checks
 
@@ -29,6 +30,7 @@ FUNCTIONS: Mapping[str, Callable[..., Mask]] = {
     "window": masks.window,
 }
 LARGEST = 2**31 - 1  # positions are int32
+LOOKED_AT = 4096  # positions, for whether a mask sees anything
 ALLOWED = "calls of masks with integers, None, lists and masks, joined by & | ~"
 
 
@@ -116,7 +118,8 @@ def layered(section: Any, layers: int, heads: int, *, causal: bool) -> tuple[tup
     """(masks, one a layer, repeated over the layers; implementation, None for the best) of a config's section
     `model.attention`: {"mask": expressions, "implementation": a name, or "" or None for the best that supports the call}.
 
-    causal: no layer sees what comes later, whatever its mask says. Raises ValueError (one line), naming the config's key.
+    causal: no layer sees what comes later, whatever its mask says. Raises ValueError (one line), naming the config's key, for
+    what cannot be and for a mask by which no query sees any key.
     """
     if not isinstance(section, Mapping):
         raise ValueError(
@@ -144,9 +147,37 @@ def _of_a_layer(expression: str, where: str, heads: int, causal: bool) -> Mask:
             raise ValueError("it tells the sequences of a batch apart; allowed: a mask that all of them share")
         if mask.heads not in (0, heads):
             raise ValueError(f"it is of {mask.heads} heads; allowed: model.heads={heads}, or one that all of them share")
+        if sees_nothing(mask):
+            later = "; a decoder's masks are & causal(), which need not be written" if causal else ""
+            raise ValueError(f"no query sees any key{later}; allowed: a mask that sees something, such as 'full()'")
     except ValueError as error:
         raise ValueError(f"{where}={expression!r}: {error}") from None
     return mask
+
+
+def sees_nothing(mask: Mask) -> bool:
+    """Whether no query sees any key in some head, as far as twice the positions that the mask names; one that names positions
+    beyond LOOKED_AT is not looked at."""
+    far = _named(mask)
+    if far > LOOKED_AT:
+        return False
+    length = mask.length or 2 * far + 64
+    for n in (min(64, length), length):  # nearly all masks show something at once
+        blocks = block_mask(mask, n, n, 64, 64)
+        if all(blocks.table(h=h).any() for h in range(blocks.heads)):
+            return False
+    return True
+
+
+def _named(value: Any) -> int:
+    """The largest position that a mask, or a part of one, names."""
+    if isinstance(value, BlockWindow):
+        return value.size * (max(value.left, value.right) + 1)
+    if isinstance(value, Mask):
+        return max([value.length or 0, *(_named(getattr(value, field.name)) for field in dataclasses.fields(value))])
+    if isinstance(value, tuple):
+        return max(map(_named, value), default=0)
+    return abs(value) if isinstance(value, int) else 0
 
 
 def causally(mask: Mask) -> Mask:

@@ -5,7 +5,7 @@
           "groups": {"embed": {"match": "embed", "weight_decay": 0.0}}}, steps=2000)
 
 The chain is: clip by global norm, the optimizer's core, then `scale_by_rates` (weight decay, learning rate, schedule,
-groups).
+groups). docs/optimizers.md says how to choose.
 """
 
 from __future__ import annotations
@@ -21,21 +21,62 @@ from research.core.tree import Path, joined, leaves_with_paths, map_with_path
 from research.core.types import Tree
 from research.optim import groups as grouping
 from research.optim import schedules
+from research.optim._matrices import is_matrix
 from research.optim.groups import Group
+from research.optim.learned import carried, restored
 from research.optim.muon import scale_by_muon
+from research.optim.psgd_kron import scale_by_psgd_kron
 from research.optim.rates import own_values, scale_by_rates
+from research.optim.scheduled import Around, prodigy_of, schedule_free_of
+from research.optim.shampoo import scale_by_shampoo
+from research.optim.soap import scale_by_soap
 
 CONSTANT: Mapping[str, Any] = {"name": "constant"}
 NONE: Mapping[str, Any] = {}
 MATRIX_FREE = r"(^|/)(\w*embed\w*|tables?|position\w*|(\w+_)?head|\w*norm\w*|conv|bias|scale|\w+_bias)(/|$)"
 
 
+class Range(NamedTuple):
+    """What a number must be, said and tested."""
+
+    said: str
+    holds: Callable[[float], bool]
+
+
+MEAN = Range("0 or above, below 1", lambda x: 0 <= x < 1)  # the share of what is kept in a running mean
+POSITIVE = Range("a finite number above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Range("a finite number, 0 or above", lambda x: 0 <= x < math.inf)
+# {keyword of a core: Range}, and where one name means another thing in one of them, {core: the same}.
+RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(("b1", "b2", "b_statistics", "momentum", "decay", "adam_b1", "adam_b2"), MEAN),
+    **dict.fromkeys(("first", "coefficient", "clip_rms"), POSITIVE),
+    **dict.fromkeys(("eps", "graft_eps", "adam_eps", "adam_learning_rate", "adam_weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("rate", "initial", "power"), NOT_NEGATIVE),
+}
+OWN_RANGES: Mapping[str, Mapping[str, Range]] = {
+    "adafactor": {"decay": POSITIVE},
+    "prodigy": {"decay": NOT_NEGATIVE},
+    "psgd_kron": {"initial": POSITIVE},
+    "shampoo": {"b2": Range("from 0 to 1", lambda x: 0 <= x <= 1)},
+}
+
+
+def _check_ranges(name: str, given: Mapping[str, Any]) -> None:
+    """ValueError (one line) on a keyword of the core `name` out of its range; None says nothing."""
+    ranges = {**RANGES, **OWN_RANGES.get(name, {})}
+    for key, value in given.items():
+        if key in ranges and value is not None and not ranges[key].holds(value):
+            raise ValueError(f"optimizer.{key}={value} is out of range: {ranges[key].said}")
+
+
 class Core(NamedTuple):
     """What turns gradients into a direction, of unit learning rate and without weight decay, and the groups it adds after the
-    user's own."""
+    user's own. around: (the core and `scale_by_rates`, the schedule of peak 1) -> what takes their place, of an optimizer that
+    must know the schedule or the whole update."""
 
     transformation: optax.GradientTransformation
     groups: tuple[Group, ...] = ()
+    around: Around | None = None
 
 
 def sgd(*, momentum: float = 0.0, nesterov: bool = False) -> Core:
@@ -104,7 +145,7 @@ def muon(
     adam_eps: float = 1e-8,
 ) -> Core:
     """Muon for matrices (see `research.optim.muon.scale_by_muon` for its keywords), AdamW for every other parameter:
-    those of fewer than 2 axes and those whose path `adam_match` is found in. By default these are
+    those of fewer than 2 axes, empty ones and those whose path `adam_match` is found in. By default these are
     embeddings, tables, positions, heads, norms, short convolutions, biases and scales; a stacked vector [layers, width]
     of another name must be added to it, for its shape is a matrix's.
 
@@ -114,7 +155,7 @@ def muon(
     found = grouping.compiled(adam_match, "optimizer.adam_match")
 
     def adam(path: Path, leaf: Any) -> bool:
-        return leaf.ndim < 2 or bool(found.search(joined(path)))
+        return not is_matrix(leaf) or bool(found.search(joined(path)))
 
     def labels(params: Tree) -> Tree:
         named = map_with_path(lambda path, x: "adam" if adam(path, x) else "muon", params)
@@ -130,6 +171,83 @@ def muon(
     return Core(both, (Group("adam", adam, None, adam_learning_rate, None, adam_weight_decay),))
 
 
+def soap(
+    *, b1: float = 0.95, b2: float = 0.95, b_statistics: float = 0.95, eps: float = 1e-8, every: int = 10, largest: int = 10000
+) -> Core:
+    """Adam in the eigenbasis of Shampoo's statistics (Vyas et al. 2024); see `research.optim.soap.scale_by_soap`."""
+    return Core(scale_by_soap(b1=b1, b2=b2, b_statistics=b_statistics, eps=eps, every=every, largest=largest))
+
+
+def shampoo(
+    *, b1: float = 0.9, b2: float = 0.99, eps: float = 1e-6, every: int = 10, start: int = 1, block: int = 256,
+    graft: str = "adam", graft_eps: float = 1e-8,
+) -> Core:  # fmt: skip
+    """Inverse fourth roots of statistics of rows and columns (Gupta et al. 2018), in blocks and grafted; see
+    `research.optim.shampoo.scale_by_shampoo`."""
+    made = scale_by_shampoo(
+        b1=b1, b2=b2, eps=eps, every=every, start=start, block=block, graft=graft, graft_eps=graft_eps
+    )  # fmt: skip
+    return Core(made)
+
+
+def psgd_kron(
+    *,
+    momentum: float = 0.9,
+    rate: float = 0.1,
+    initial: float = 1.0,
+    largest: int = 8192,
+    balance_every: int = 100,
+    seed: int = 0,
+) -> Core:
+    """Kronecker factors fitted by whitening (Li 2018); see `research.optim.psgd_kron.scale_by_psgd_kron`."""
+    made = scale_by_psgd_kron(
+        momentum=momentum, rate=rate, initial=initial, largest=largest, balance_every=balance_every, seed=seed
+    )  # fmt: skip
+    return Core(made)
+
+
+def schedule_free(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, power: float = 2.0) -> Core:
+    """Adam without momentum, whose place an average of its iterates takes (Defazio et al. 2024, arXiv 2405.15682). It needs no
+    schedule but a warmup.
+
+    params are y, where gradients are taken; what `gradient` gives as variables, to evaluate and export, is the average x.
+    power: of the schedule, by which iterates are weighted.
+    """
+    return Core(optax.scale_by_adam(0.0, b2, eps), (), schedule_free_of(b1, power))
+
+
+def prodigy(
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    first: float = 1e-6,
+    coefficient: float = 1.0,
+    decay: float = 0.0,
+    safeguard_warmup: bool = False,
+) -> Core:
+    """Adam that estimates its own step size d (Mishchenko and Defazio 2023, arXiv 2306.06101, algorithm 4); its learning rate
+    is 1 unless there is a reason.
+
+    first: of d. coefficient: of its estimate. decay: decoupled weight decay, times d and the learning rate, as published;
+    `weight_decay` is times the learning rate alone, which is much. safeguard_warmup: leave the schedule out of the estimate.
+    """
+    around = prodigy_of(
+        betas=(b1, b2), eps=eps, estim_lr0=first, estim_lr_coef=coefficient, weight_decay=decay,
+        safeguard_warmup=safeguard_warmup
+    )  # fmt: skip
+    return Core(optax.identity(), (), around)
+
+
+def learned(*, path: str, sha256: str = "") -> Core:
+    """What the run in the folder `path` has learned (`research.optim.learned.restored`); with a learning rate of 1 its steps
+    are as they were learned. sha256: that of its theta, where another is to be refused; "" for any. State: theta too."""
+    found = restored(path)
+    if sha256 not in ("", found.sha256):
+        raise ValueError(f"optimizer.sha256={sha256!r}, but the theta in {path} has {found.sha256}; allowed: that one, or ''")
+    return Core(optax.chain(carried(found.optimizer, found.theta), optax.scale(-1.0)))
+
+
 OPTIMIZERS: Mapping[str, Callable[..., Core]] = {
     "sgd": sgd,
     "adamw": adamw,
@@ -138,6 +256,12 @@ OPTIMIZERS: Mapping[str, Callable[..., Core]] = {
     "lion": lion,
     "adafactor": adafactor,
     "muon": muon,
+    "soap": soap,
+    "shampoo": shampoo,
+    "psgd_kron": psgd_kron,
+    "schedule_free": schedule_free,
+    "prodigy": prodigy,
+    "learned": learned,
 }
 
 
@@ -176,24 +300,28 @@ def chained(
     own = (*given, *core.groups)
     factor = schedules.schedule(schedule, peak=1.0, steps=steps, where="optimizer.schedule")
     links = [optax.clip_by_global_norm(clip)] if clip else []
-    links += [core.transformation, scale_by_rates(learning_rate, weight_decay, factor, own)]
+    own_links = [core.transformation, scale_by_rates(learning_rate, weight_decay, factor, own)]
+    links += own_links if core.around is None else [core.around(optax.chain(*own_links), factor)]
     return Optimizer(optax.chain(*links), own, learning_rate, weight_decay)
 
 
 def optimizer(config: Mapping[str, Any], *, steps: int) -> Optimizer:
     """The optimizer of a config: `name`, the keywords of `chained`, and those of the core of that name. ValueError (one
-    line) on an unknown name or keyword, with the nearest match, and on a missing one."""
+    line) on an unknown name or keyword, with the nearest match, on a missing one, and on a value out of its range."""
     given = dict(config)
-    for name in ("name", "learning_rate"):
-        if name not in given:
-            raise ValueError(f"optimizer lacks optimizer.{name}; given: {', '.join(given) or 'none'}")
-    kind = choose(OPTIMIZERS, given.pop("name"), "optimizer.name")
+    for key in ("name", "learning_rate"):
+        if key not in given:
+            raise ValueError(f"optimizer lacks optimizer.{key}; given: {', '.join(given) or 'none'}")
+    name = given.pop("name")
+    kind = choose(OPTIMIZERS, name, "optimizer.name")
     common = [name for name in keywords(chained)[0] if name not in ("core", "steps")]
     allowed = [*common, *keywords(kind)[0]]
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"optimizer.{name} is unknown; allowed: {', '.join(allowed)}{suggestion(name, allowed)}")
-    core = call_checked(kind, {k: v for k, v in given.items() if k not in common}, "optimizer")
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"optimizer.{key} is unknown; allowed: {', '.join(allowed)}{suggestion(key, allowed)}")
+    own = {k: v for k, v in given.items() if k not in common}
+    core = call_checked(kind, own, "optimizer")
+    _check_ranges(name, own)
     around = {k: v for k, v in given.items() if k in common}
     return call_checked(chained, {"core": core, "steps": steps, **around}, "optimizer")
 

@@ -9,6 +9,7 @@ order; a sequence of groups that hold their "name" has its own.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -58,6 +59,9 @@ def group(
     """
     if learning_rate is None and factor is None and weight_decay is None:
         raise ValueError(f"groups.match={match!r} sets nothing; allowed: learning_rate, factor, weight_decay")
+    for name, value in {"learning_rate": learning_rate, "factor": factor, "weight_decay": weight_decay}.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"groups.match={match!r}: {name}={value} is out of range: a finite number, 0 or above")
     found = compiled(match, "groups.match")
     return Group("", lambda path, leaf: bool(found.search(joined(path))), match, learning_rate, factor, weight_decay)
 

@@ -6,7 +6,8 @@ https://kellerjordan.github.io/posts/muon/); Liu et al. 2025 (arXiv 2502.16982) 
     x <- a_k x + (b_k A + c_k A A) x, A = x x^T, from x = u / |u|_F     for each coefficients k
     update = x times a scale of the shape
 
-All matrices of one shape, transposed so that A is the smaller product, are one stack and go through one compiled iteration.
+All matrices of one shape, transposed so that A is the smaller product, are one stack and go through one compiled iteration. On
+a mesh each device iterates its own matrices of a stack, whole, as in distributed Muon (`research.optim._stacks`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import optax
 from research.core.names import call_checked, choose
 from research.core.tree import Path, joined, leaves_with_paths
 from research.core.types import Array, Tree
+from research.optim._stacks import over_matrices
 from research.optim.groups import compiled, nearest_path
 
 Coefficients = Sequence[Sequence[float]]
@@ -129,33 +131,20 @@ def _pieces(leaf: int, name: str, x: Array, own: Layout) -> list[_Piece]:
     return out
 
 
-def _each(f: Callable[[Array], Array], matrices: Array, at_once: int) -> Array:
-    if at_once >= matrices.shape[0]:
-        return jax.vmap(f)(matrices)
-    return jax.lax.map(f, matrices, batch_size=at_once if at_once > 1 else None)
-
-
 def each_matrix(
-    f: Callable[[Array], Array], scale: Callable[[int, int], float], tree: Tree, layouts: Sequence[Layout], at_once: int
+    f: Callable[[Array], Array], scale: Callable[[int, int], float], tree: Tree, layouts: Sequence[Layout], at_once: int | None
 ) -> Tree:
     """Every matrix of the tree as `f` makes it, times `scale(fan in, fan out)`; `f` sees [m, n] with m <= n. Matrices of
-    equal shape are stacked and compiled once, `at_once` of them in one batched call."""
+    equal shape are stacked and compiled once, `at_once` of them in one batched call (`research.optim._stacks`)."""
     leaves, structure = jax.tree.flatten(tree)
     pieces: list[_Piece] = []
     for i, (path, leaf) in enumerate(leaves_with_paths(tree)):
         own = next(own for own in (*layouts, PLAIN) if own.found(path))
         pieces += _pieces(i, joined(path), leaf, own)
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for k, piece in enumerate(pieces):
-        alike.setdefault(piece.matrices.shape[1:], []).append(k)
-    parts: dict[int, Array] = {}
-    for members in alike.values():
-        stacked = _each(f, jnp.concatenate([pieces[k].matrices for k in members]), at_once)
-        ends = [sum(pieces[k].matrices.shape[0] for k in members[:n]) for n in range(1, len(members))]
-        parts |= zip(members, jnp.split(stacked, ends), strict=True)
+    parts = over_matrices(f, [[piece.matrices] for piece in pieces], at_once)
     done: dict[int, list[Array]] = {i: [] for i in range(len(leaves))}
-    for k, (leaf, turned, _) in enumerate(pieces):
-        part = jnp.swapaxes(parts[k], 1, 2) if turned else parts[k]
+    for (leaf, turned, _), own_part in zip(pieces, parts, strict=True):
+        part = jnp.swapaxes(own_part, 1, 2) if turned else own_part
         done[leaf].append(part * scale(part.shape[1], part.shape[2]))
     back = [jnp.concatenate(done[i], axis=-1).reshape(x.shape) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(structure, back)
@@ -202,7 +191,6 @@ def scale_by_muon(
         del params
         moved = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state["momentum"], updates)
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, moved, updates) if nesterov else moved
-        every = (1 if jax.default_backend() == "cpu" else 2**31) if at_once is None else at_once
-        return each_matrix(lambda x: orthogonalized(x, table, low), sized, ahead, own, every), {"momentum": moved}
+        return each_matrix(lambda x: orthogonalized(x, table, low), sized, ahead, own, at_once), {"momentum": moved}
 
     return optax.GradientTransformation(init, update)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from research.core.axes import replicated
 from research.core.contracts import abstract_variables
+from research.core.tree import leaves_with_paths, nested
 from research.core.types import Batch, Key, Spec, Task, Tree, Variables
 
 
@@ -30,6 +33,11 @@ def led(spec: Spec, n: int) -> Spec:
     return Spec((n, *spec.shape), spec.dtype, ("batch", *(nested_axis(name) for name in spec.axes)))
 
 
+def by_step(specs: Tree, steps: int) -> Tree:
+    """Specs of one for each of `steps`, along a new first axis that is nobody's."""
+    return jax.tree.map(lambda s: Spec((steps, *s.shape), s.dtype, (None, *map(nested_axis, s.axes))), specs)
+
+
 def leading(batch: Batch, who: str) -> int:
     """The size of the first axis that all leaves share. Raises ValueError where there is none."""
     shapes = {x.shape[:1] for x in jax.tree.leaves(batch)}
@@ -41,3 +49,15 @@ def leading(batch: Batch, who: str) -> int:
 def keys(key: Key, n: int) -> Key:
     """`n` keys of which the i-th does not depend on n."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+
+
+def packed(opt: Tree) -> dict[str, Any]:
+    """An optimizer's state, whose containers are its own, as {"opt": nested dicts}: what Variables may hold."""
+    return {"opt": {}, **nested(leaves_with_paths({"opt": opt}))}
+
+
+def unpacked(packed: Tree, like: Tree) -> Tree:
+    """The optimizer's state again, by path, in the containers of `like`."""
+    found = dict(leaves_with_paths({"opt": packed}))
+    paths = [path for path, _ in leaves_with_paths({"opt": like})]
+    return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in paths])

@@ -21,10 +21,16 @@ def over_tasks(task: Task, n: int) -> Task:
     and give n outputs. A batch of weight 0 must have a finite loss, as masked means of this project do: its gradient
     counts 0 times.
 
-    Raises ValueError for n below 1, or where the leaves of a batch do not share their first axis.
+    Raises ValueError for n below 1, for a task without batches (`drawn`, `unroll`), or where the leaves of a batch do not share
+    their first axis.
     """
     if n < 1:
         raise ValueError(f"over_tasks: n={n}; allowed: 1 or more")
+    if not jax.tree.leaves(task.batch):
+        raise ValueError(
+            f"over_tasks: the task's batch is {{}}, of which there are no {n}; allowed: drawn(over_tasks(task, {n}), draw), "
+            f"or, of unroll(family, learned, length), the problems of an estimate, truncated(horizon, problems={n})"
+        )
 
     def loss(variables: Variables, batch: Batch, key: Key) -> tuple[jax.Array, Aux]:
         count = leading(batch, "over_tasks")  # a share of the n where an estimate splits the batch

@@ -15,18 +15,35 @@ from research.core.checkpoint import Checkpoints
 from research.core.contracts import check_learner
 from research.core.hooks import Hook
 from research.core.loop import fit, run
-from research.core.types import Evaluation, Example, Stage
-from research.estimates import accumulated, clipped_per_example, exact, sharpness_aware
+from research.core.types import Evaluation, Example, Stage, TaskFamily
+from research.estimates import accumulated, clipped_per_example, es, exact, noise_scale, pes, sharpness_aware, truncated
 from research.evals import mean_of_loss
-from research.learners import after_step, average, forward, game, gradient, members, population, skip_nonfinite
+from research.learners import (
+    after_step,
+    average,
+    evolution,
+    forward,
+    game,
+    gradient,
+    lookahead,
+    loss_as_score,
+    members,
+    pbt,
+    population,
+    skip_nonfinite,
+)
 from research.learners.game import _shifting
-from research.transforms import augment, distill, mixture, over_tasks
+from research.optim.learned import learned_scales
+from research.optim.strategies import snes
+from research.tasks.families import episodes, families, sinusoids
+from research.transforms import augment, distill, drawn, maml, mixture, over_tasks, prototypical, unroll
 from research.transforms._example import small_classifier
 from tests.contracts import properties
 
 KEY = properties.KEY
 TASK = small_classifier(batch=4)
 TX = optax.inject_hyperparams(optax.sgd)(learning_rate=0.05)
+EPISODES = over_tasks(prototypical(TASK, 3, support=6), 4)
 STRONG = sharpness_aware(0.05, accumulated(4))
 
 
@@ -46,6 +63,19 @@ def shrunk(variables, metrics):
     return {**variables, "params": jax.tree.map(lambda p: 0.99 * p, variables["params"])}
 
 
+def few_shot():
+    """A family of few-shot tasks: a step of MAML on the support of a sinusoid drawn anew, the loss that of its query."""
+    sinusoid = sinusoids(4, hidden=[4])
+    task = maml(sinusoid.task(sinusoid.sample(KEY)), optax.sgd(0.01))
+    draw = episodes(sinusoid, None, support=4, query=4)
+    return TaskFamily(lambda key: {}, lambda parameters: task, lambda parameters, data, key: draw(data, key))
+
+
+def learned(length=2):
+    """The training of MAML's start on few-shot tasks, by an optimizer whose rates are the params."""
+    return unroll(few_shot(), learned_scales(learning_rate=0.01), length)
+
+
 def adversaries():
     (d, discriminator), (g, generator) = _shifting().items()
     return game({d: (discriminator, TX, accumulated(2)), g: (generator, optax.sgd(0.1), STRONG)}, "alternating")
@@ -57,6 +87,17 @@ def two_tasks():
 
 def distilled():
     return distill(noised(TASK), small_classifier(batch=4, width=6))
+
+
+def meta_learned():
+    """Where to start on a student that adapts to a support with its teacher's help."""
+    return over_tasks(maml(distilled(), optax.sgd(0.1), 2), 2)
+
+
+def meta_drawn():
+    family = families()["sinusoids"]
+    learned = over_tasks(maml(family.task({}), optax.sgd(0.01), 2), 3)
+    return drawn(learned, episodes(family, 3, 4, 4), family.data)
 
 
 COMPOSITIONS = {
@@ -76,9 +117,29 @@ COMPOSITIONS = {
     "population(forward(over_tasks(mixture(augment))), map)": lambda: population(
         forward(over_tasks(two_tasks(), 2)), 2, method="map", frozen="own"
     ),
+    "population(average(gradient(unroll(few-shot tasks, learned scales), pes)))": lambda: population(
+        average(gradient(learned(), TX, pes(0.05, 4, (2, 4))), 0.9), 2, {"learning_rate": (0.01, 0.1)}
+    ),
+    "skip_nonfinite(gradient(unroll(few-shot tasks), truncated(es)))": lambda: skip_nonfinite(
+        gradient(learned(), TX, truncated(3, es(0.05, 2), problems=2))
+    ),
+    "population(lookahead(gradient(over_tasks(augment), noise_scale(sharpness_aware))))": lambda: population(
+        lookahead(gradient(over_tasks(noised(TASK), 4), TX, noise_scale(2, sharpness_aware(0.05))), 2), 2
+    ),
+    "skip_nonfinite(average(evolution(distill(augment))))": lambda: skip_nonfinite(
+        average(evolution(distilled(), snes(4, 0.1)), 0.5)
+    ),
+    "pbt(population(skip_nonfinite(gradient(over_tasks(prototypical), sharpness_aware(accumulated)))))": lambda: pbt(
+        population(skip_nonfinite(gradient(EPISODES, TX, STRONG)), 4, {"learning_rate": (0.01, 0.02, 0.05, 0.1)}),
+        loss_as_score(EPISODES),
+        {"learning_rate": (1e-3, 1.0)},
+        every=2,
+    ),
     "population(population(after_step(gradient(augment))))": lambda: population(
         population(after_step(gradient(noised(TASK), TX), shrunk), 2), 3
     ),
+    "population(gradient(over_tasks(maml(distill))))": lambda: population(gradient(meta_learned(), TX), 8),
+    "average(gradient(drawn(over_tasks(maml))))": lambda: average(gradient(meta_drawn(), TX), 0.9),
 }
 ALL = list(COMPOSITIONS)
 ONE_BY_DEFAULT = [pytest.param(name, marks=() if i == 0 else pytest.mark.slow) for i, name in enumerate(ALL)]

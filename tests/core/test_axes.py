@@ -99,6 +99,14 @@ def test_what_belongs_to_no_variable_is_replicated(path, shape):
     assert jax.tree.leaves(axes_like({"x": tree}, VARIABLES, AXES)) == [P()]
 
 
+def test_a_statistic_of_a_dimension_takes_the_names_of_the_dimensions_that_it_has():
+    found = named(
+        {"left": {"params": {"mlp": {"up": jnp.zeros((16, 16))}}}, "right": {"deep": {"mlp": {"up": jnp.zeros((3, 32, 32))}}}}
+    )
+    assert found["left/params/mlp/up"][1] == P("embed", None)
+    assert found["right/deep/mlp/up"][1] == P("layers", None, "mlp")
+
+
 def test_axes_shorter_than_the_rank_count_as_unnamed():
     variables = {"params": {"w": jnp.zeros((4, 5))}, "state": {}, "frozen": {}}
     axes = {"params": {"w": P("embed")}, "state": {}, "frozen": {}}

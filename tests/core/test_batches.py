@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from research.core.batches import calls, from_function, open_at, prefetched
+from research.core.batches import calls, from_function, open_at, prefetched, together
 from research.core.types import Batches
 
 
@@ -58,3 +58,39 @@ def test_what_the_thread_raises_comes_in_its_place():
     assert next(drawn) == 1
     with pytest.raises(RuntimeError, match="broken"):
         next(drawn)
+
+
+def test_together_they_are_named_and_open_where_they_were():
+    both = together({"train": source(), "validation": source()})
+    ahead = both.open()
+    for _ in range(3):
+        next(ahead)
+    by_drawing = both._replace(position=None)
+    for other in (open_at(both, 3, ahead.get_state()), open_at(both, 3), open_at(by_drawing, 3)):
+        assert {name: int(batch["x"][0]) for name, batch in next(other).items()} == {"train": 3, "validation": 3}
+    assert len(list(together({"train": source(), "validation": source(2)}).open())) == 2
+    assert both.rows is None and both.fingerprint != together({"train": source()}).fingerprint
+
+
+def test_together_each_goes_on_where_it_was():
+    both = together({"train": source(), "validation": source()})
+    assert both.position(3) == {"train": source().position(3), "validation": source().position(3)}
+    ahead = both.open()
+    ahead.set_state({"train": source().position(3), "validation": source().position(1)})
+    assert {name: int(batch["x"][0]) for name, batch in next(ahead).items()} == {"train": 3, "validation": 1}
+
+
+def test_together_there_is_no_short_cut_and_no_cut_by_rows_that_one_of_them_lacks():
+    drawn = source()._replace(position=None)
+    both = together({"train": source()._replace(rows=lambda start, stop: source()), "validation": drawn})
+    assert both.position is None and both.rows is None
+    assert {name: int(batch["x"][0]) for name, batch in next(open_at(both, 3)).items()} == {"train": 3, "validation": 3}
+
+
+def test_together_they_are_cut_by_rows():
+    def cut(start, stop):
+        return from_function(lambda i: {"x": np.arange(start, stop)})
+
+    parts = {name: cut(0, 4)._replace(rows=cut) for name in ("train", "validation")}
+    batch = next(together(parts).rows(1, 3).open())
+    assert {name: rows["x"].tolist() for name, rows in batch.items()} == {"train": [1, 2], "validation": [1, 2]}

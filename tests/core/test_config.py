@@ -111,6 +111,13 @@ def test_an_unknown_argument_and_a_missing_file_name_the_nearest(path):
         find("configs/lm/stdlibb.py")
 
 
+def test_a_file_that_lists_no_arguments_is_told_where_they_are_listed(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"{IMPORT}\ndef get_config(arg=''): return ConfigDict({{'a': 1}})")
+    with pytest.raises(ConfigError, match=r"no argument 'big'; allowed: smoke; a config takes those that it lists: ARGS ="):
+        load_config(f"{file}:big")
+
+
 def test_a_config_is_frozen_and_its_hash_is_that_of_its_values(path):
     config = load_config(path)
     with pytest.raises(AttributeError):

@@ -28,6 +28,7 @@ print(int(statistics.median(faults[-15:])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is set")
+@pytest.mark.slow
 def test_temporaries_of_a_step_are_not_mapped_anew():
     faults = {}  # of a call, the median of the last 15
     for how in ("keep", "leave"):

@@ -44,11 +44,11 @@ def test_shardings_place_arrays_as_said():
     "sizes, rules, says",
     [
         ({"dat": 2}, RULES, "mesh.dat: no such mesh axis; allowed: population, .*, tensor; nearest: 'data'"),
-        ({"data": 3, "fsdp": 5}, RULES, "at most 8 devices"),
+        ({"data": 3, "fsdp": 5}, RULES, "mesh data=3, fsdp=5: .* 15; allowed: at most 8 devices"),
         ({"data": -1, "fsdp": -1}, RULES, "at most one is -1"),
         ({"data": -1, "fsdp": 3}, RULES, "a divisor of 8 devices"),
-        ({"data": 0}, RULES, "sizes are 1 or more"),
-        ({"data": 2}, {"batch": ("dta",)}, "mesh rule 'batch': no mesh axis 'dta'"),
+        ({"data": 0, "fsdp": 2, "tensor": 1}, RULES, "^mesh data=0, fsdp=2; allowed: sizes are 1 or more"),
+        ({"data": 2}, {"batch": ("dta",)}, "mesh rule 'batch': no mesh axis 'dta'; allowed: .*; nearest: 'data'"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_one_line(sizes, rules, says):

@@ -1,5 +1,7 @@
 """Names given by a person."""
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 
 from research.core.names import call_checked, choose, nearest
@@ -48,3 +50,16 @@ def test_an_error_inside_the_factory_is_not_taken_for_a_wrong_keyword():
 
     with pytest.raises(TypeError, match="inside"):
         call_checked(broken, {"width": 1}, "model")
+
+
+def _varied(*, vary: Mapping[str, Sequence[float]]):
+    return vary
+
+
+@pytest.mark.parametrize("vary", [[1.0, 2.0], 3, {"rate": 0.5}, {"rate": ["low", "high"]}])
+def test_a_section_of_another_form_is_refused_with_the_form_that_is_wanted(vary):
+    with pytest.raises(ValueError) as error:
+        call_checked(_varied, {"vary": vary}, "learner.population")
+    said = f"learner.population.vary={vary!r} is of the wrong type; allowed: Mapping[str, Sequence[float]]"
+    assert str(error.value) == said
+    assert call_checked(_varied, {"vary": {"rate": (1, 0.5)}}, "learner.population") == {"rate": (1, 0.5)}

@@ -261,6 +261,7 @@ CASES = {
     "position before the beginning": (lambda t: train(LIST).position(-1), ["given step -1"]),
     "everything held out": (lambda t: split_rows(5, 1.0 - 1e-9, seed=0), ["holds out 5 of 5"]),
     "mnist1d of nothing": (lambda t: mnist1d(samples=9), ["given 9 samples"]),
+    "mnist1d of no probability": (lambda t: mnist1d(label_noise=1.5), ["data.label_noise=1.5 must be 0 to 1"]),
     "mnist1d of no seed": (lambda t: mnist1d_sources(seed=-1), ["data.seed=-1", "0 to 4294967295"]),
     "endless source": (lambda t: as_source(type("S", (), {"__len__": lambda s: sys.maxsize})()), ["repeats without end"]),
 }

@@ -153,3 +153,13 @@ def test_data_goes_where_the_user_says_else_to_the_cache_else_beside_him(monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # as a read-only home: no folder can be made there
     assert writable_folder("d") == str(tmp_path / "data" / "d")
+
+
+def test_label_noise_changes_training_labels_alone_and_leaves_the_examples():
+    plain, noisy = mnist1d(samples=2000, train=0.5), mnist1d(samples=2000, train=0.5, label_noise=0.5)
+    for part in ("train", "test"):
+        np.testing.assert_array_equal(plain[part][0], noisy[part][0])
+    np.testing.assert_array_equal(plain["test"][1], noisy["test"][1])
+    # half are drawn anew, a tenth of those to what they were: 0.45 of 1,000 with a deviation of 16; 5 deviations
+    assert abs((plain["train"][1] != noisy["train"][1]).sum() - 450) < 80
+    assert noisy["train"][1].dtype == np.int32 and set(noisy["train"][1]) == set(range(10))

@@ -1,4 +1,4 @@
-"""Starting runs of several processes, and finding one of them to do harm to."""
+"""Starting runs of several processes, and finding one of them, or what it wrote, to do harm to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ class Launched:
     """`gnomon launch` of the toy run, begun; what it has printed so far is in `log`."""
 
     def __init__(
-        self, workdir: Path, count: int = 2, *words: str, restarts: int = 0, config: str = TOY, log: Path | None = None
+        self,
+        workdir: Path,
+        count: int = 2,
+        *words: str,
+        devices: int = 1,
+        restarts: int = 0,
+        config: str = TOY,
+        log: Path | None = None,
     ):
         self.workdir, self.log = workdir, log or workdir.with_suffix(f".{time.monotonic_ns()}.log")
         kept = {
             "JAX_COMPILATION_CACHE_DIR": str(self.log.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        options = ["--processes", count, "--heartbeat", HEARTBEAT, "--restarts", restarts]
+        options = ["--processes", count, "--devices", devices, "--heartbeat", HEARTBEAT, "--restarts", restarts]
         train = ["train", "--config", config, "--workdir", workdir, *words]
         command = [sys.executable, "-m", "research", "launch", *options, "--", *train]
         with open(self.log, "w") as out:
@@ -73,3 +80,15 @@ def saved(number: int) -> Callable[[Path], bool]:
 def saving(workdir: Path) -> bool:
     """Whether a checkpoint is being written, after a first one."""
     return saved(1)(workdir) and any((workdir / "checkpoints").glob(".partial-0-*"))
+
+
+def damage(path: Path, how: str) -> Path:
+    """Damages the largest file of a checkpoint: "truncated", "deleted" or "flipped", by one bit."""
+    file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = file.read_bytes()
+    if how == "deleted":
+        file.unlink()
+    else:
+        changed = content[: len(content) // 2] if how == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+        file.write_bytes(changed)
+    return file

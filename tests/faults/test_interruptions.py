@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.launching import damage
+
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 120
 CONFIG = f"""
@@ -128,18 +130,6 @@ def test_a_polite_signal_saves_and_exits_0_and_the_same_command_goes_on(folder, 
     assert not (folder / name / "summary.json").exists()
     finished(folder, name)
     assert ends_in_the_same_bits(folder, name)
-
-
-def damage(path: Path, how: str) -> Path:
-    """Damages the largest file of a checkpoint."""
-    file = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = file.read_bytes()
-    if how == "deleted":
-        file.unlink()
-    else:
-        changed = content[: len(content) // 2] if how == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
-        file.write_bytes(changed)
-    return file
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from research.models import transformer
 from research.tasks import language_model
 from tests.models.test_on_a_mesh import DENSE, MODEL
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.alone, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SIZES = {
     "fsdp 8": {"fsdp": 8},

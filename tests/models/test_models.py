@@ -53,7 +53,7 @@ def test_the_paper_models_have_the_published_numbers_of_parameters(kind):
     assert parameters(f) == PARAMETERS[kind] == {"linear": 410, "mlp": 15210, "cnn": 5210, "gru": 5134}[kind]
 
 
-@pytest.mark.parametrize("kind", PARAMETERS)
+@pytest.mark.parametrize("kind", ["mlp", "gru", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear", "cnn"))])
 def test_many_seeds_at_once_equal_one_by_one(kind):
     f = mnist1d(kind=kind, shape=[40], outputs=10)
     keys, x = jax.random.split(KEY, 3), normal(5, 40)

@@ -54,7 +54,7 @@ def scanned():
     return language(scan_layers=True, ngrams=[], copy=False, attention=DENSE)
 
 
-@pytest.mark.parametrize("made", [language, images, pytest.param(scanned, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("made", [images, *(pytest.param(made, marks=pytest.mark.slow) for made in (language, scanned))])
 def test_eight_devices_equal_one(made):
     task, batch = made()
     alone = steps(task, batch, None)

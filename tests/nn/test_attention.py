@@ -67,6 +67,15 @@ def test_the_chosen_implementation_equals_the_reference_in_values_and_gradients(
     near(slope, expected_slope, GRADIENTS)
 
 
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_an_implementation_that_does_not_run_here_is_one_line_by_key_from_shapes_alone(implementation):
+    f = layer(SHARED[0], implementation=implementation)
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(f.apply, jax.eval_shape(f.init, KEY), inputs())
+    says = f"model.attention.implementation='{implementation}' does not support this: implementation: '{implementation}' does"
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
 def test_in_bfloat16_the_output_is_float32_and_near():
     exact, low = layer(SHARED[2]), layer(SHARED[2], dtype="bfloat16")
     variables = exact.init(KEY)

@@ -61,8 +61,8 @@ BAD = {
     "per_head()": "per_head: got no masks, wanted one a query head$",
     "per_head(random_blocks(0, 1, 1, 4, 2))": "per_head takes masks that are the same for all heads$",
     "random_blocks([1], 8, 1, 64)": r"random_blocks' key: got \[1\], wanted an int or a JAX key$",
-    "global_tokens(None)": r"global_tokens\(None\) is not understood; allowed: global_tokens\(which\)$",
-    "document([1, [2]])": "setting an array element",
+    "global_tokens(None)": "global_tokens: got None, wanted a whole number or a sequence of them$",
+    "document([1, [2]])": r"document's ids: got \[1, \[2\]\], wanted integers \[length\] or \[batch, length\]$",
     "full() & 3": "3 is no mask; allowed: ",
     "3": "3 is no mask",
     "[full()]": r"\[full\(\)\] is no mask",
@@ -110,6 +110,24 @@ SECTIONS = [
         "model.attention.mask[0]='document([[0], [1]])': it tells the sequences of a batch apart",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    "text", ["~causal()", "window(9, 0) & ~causal()", "~full()", "per_head(full(), ~causal())", "prefix(0)", "~window(2000, 0)"]
+)
+def test_a_mask_by_which_no_query_sees_a_key_is_refused(text):
+    """And one by which some do is not, be it far away or for a while nothing."""
+    if text != "~window(2000, 0)":
+        with pytest.raises(
+            ValueError, match=r"^model.attention.mask\[0\]='.*': no query sees any key; a decoder's .*; allowed: a"
+        ) as e:
+            layered(section(text), 4, 2, causal=True)
+        assert "\n" not in str(e.value)
+    seeing = ["~window(2000, 0)", "global_tokens([3000])", "global_tokens([9000])", "strided(3)", "~prefix(5000)"]
+    layered(section(*seeing[:4]), 4, 2, causal=True)
+    layered(section("~causal()", seeing[4]), 4, 2, causal=False)
+    with pytest.raises(ValueError, match=r"no query sees any key; allowed: a mask"):
+        layered(section("~full()"), 4, 2, causal=False)
 
 
 @pytest.mark.parametrize("given, message", SECTIONS)

@@ -175,6 +175,7 @@ def dropped(where, key=KEY, **options):
         return jax.tree.map(np.asarray, run(x, key))
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_microbatch_and_pass_and_not_by_schedule():
     first, second = dropped(layout({"pipeline": 2}, "gpipe", 4), twice=True)
     again = dropped(layout({"pipeline": 2}, "interleaved", 4, 2))

@@ -123,12 +123,13 @@ def check(mask, options, n):
 
 @pytest.mark.parametrize(
     "mask, options, n",
-    [("causal", "all", 4), ("window to both sides", "plain", 8), ("global tokens", "one key head", 2),
+    [("causal", "all", 4), slow("window to both sides", "plain", 8), ("global tokens", "one key head", 2),
      slow("full", "segments", 2), ("documents by sequence", "plain", 2), ("some see nothing", "plain", 4),
      ("nothing", "plain", 4),
      *(slow("causal", options, 4) for options in OPTIONS if options not in ("plain", "all")),
-     *(slow(mask, "plain", (2, 4, 8)[i % 3]) for i, mask in enumerate(MASKS)),
-     *(slow(mask, "all", (8, 4)[i % 2]) for i, mask in enumerate(MASKS) if mask != "causal")],
+     slow("global tokens here and there", "plain", 8), slow("function", "plain", 2), slow("strided", "plain", 2),
+     slow("documents by sequence", "all", 8),
+     *(slow(mask, "all", (2, 4)[i % 2]) for i, mask in enumerate(MASKS) if mask not in ("causal", "documents by sequence"))],
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_one_device(mask, options, n):
     check(mask, options, n)
@@ -149,7 +150,7 @@ def test_places_that_are_data_give_the_same(implementation, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=5)
 @given(SPECS | BY_HEAD, st.sampled_from([2, 4, 8]), st.sampled_from(["plain", "all"]))
 def test_drawn_masks_give_what_they_give_on_one_device(spec, n, options):
     of, segments, rest = given_as(options)

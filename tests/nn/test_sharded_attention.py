@@ -109,6 +109,7 @@ def layers(function, of):
 
 
 @pytest.mark.parametrize("sizes", [{"population": 2, "sequence": 2, "tensor": 2}, slow({"population": 2, "data": 4})])
+@pytest.mark.slow
 def test_members_of_a_population_lie_on_their_devices(sizes):
     of = operands(members=(2,))
 
@@ -118,6 +119,7 @@ def test_members_of_a_population_lie_on_their_devices(sizes):
     near(results(functools.partial(members, attend), of, sizes), results(functools.partial(members, sparse_attention), of, {}))
 
 
+@pytest.mark.slow
 def test_within_a_shard_map_over_other_axes():
     """As in a stage of a pipeline."""
     of = operands(members=(2,))

@@ -101,10 +101,10 @@ def test_describe_says_what_the_update_does():
         np.testing.assert_allclose(u, -values["learning_rate"] * values["weight_decay"] * p, rtol=1e-5, atol=1e-9)
 
 
-CASES = {name: {"name": name, "learning_rate": 0.05} for name in OPTIMIZERS} | {"muon": MUON}
+CASES = {name: {"name": name, "learning_rate": 0.05} for name in OPTIMIZERS if name != "learned"} | {"muon": MUON}
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "psgd_kron" else ()) for n in sorted(CASES)])
 def test_state_keeps_structure_shapes_and_dtypes_under_a_donating_jit(name):
     tx = make({**CASES[name], "weight_decay": 0.1, "clip": 1.0, "schedule": {"name": "cosine", "warmup": 2}}, steps=10)
 
@@ -194,6 +194,22 @@ def test_the_learner_population_varies_and_logs_it_by_name():
         ({"learning_rate": -1.0}, "optimizer.learning_rate=-1.0 is out of range"),
         ({"weight_decay": float("nan")}, "optimizer.weight_decay=nan is out of range"),
         ({"schedule": {"name": "cosine", "warmup": 11}}, "schedule.warmup=11 is out of range: from 0 to the 10 steps"),
+        ({"schedule": "cosine"}, r"optimizer.schedule='cosine' is of the wrong type; allowed: Mapping\[str, Any\]"),
+        ({"groups": 3}, "optimizer.groups=3 is of the wrong type"),
+        ({"groups": {"a": {"match": "w", "learning_rate": -1.0}}}, "groups.match='w': learning_rate=-1.0 is out of range"),
+        ({"groups": {"a": {"match": "w", "weight_decay": float("nan")}}}, "groups.match='w': weight_decay=nan is out of range"),
+        ({"b1": 1.0}, "optimizer.b1=1.0 is out of range: 0 or above, below 1"),
+        ({"b2": -0.1}, "optimizer.b2=-0.1 is out of range: 0 or above, below 1"),
+        ({"eps": float("nan")}, "optimizer.eps=nan is out of range: a finite number, 0 or above"),
+        ({"name": "sgd", "momentum": 1.5}, "optimizer.momentum=1.5 is out of range"),
+        ({"name": "rmsprop", "decay": 1.0}, "optimizer.decay=1.0 is out of range: 0 or above, below 1"),
+        ({"name": "adafactor", "decay": 0.0}, "optimizer.decay=0.0 is out of range: a finite number above 0"),
+        ({"name": "muon", "adam_learning_rate": -1.0}, "optimizer.adam_learning_rate=-1.0 is out of range"),
+        ({"name": "soap", "b_statistics": 1.0}, "optimizer.b_statistics=1.0 is out of range"),
+        ({"name": "shampoo", "b2": 1.1}, "optimizer.b2=1.1 is out of range: from 0 to 1"),
+        ({"name": "psgd_kron", "initial": 0.0}, "optimizer.initial=0.0 is out of range: a finite number above 0"),
+        ({"name": "psgd_kron", "momentum": 1.0}, "optimizer.momentum=1.0 is out of range"),
+        ({"name": "prodigy", "first": 0.0}, "optimizer.first=0.0 is out of range: a finite number above 0"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_in_one_line_before_any_parameter(change, message):
@@ -217,3 +233,28 @@ def test_what_is_missing_is_named():
 def test_muon_without_a_matrix_is_refused():
     with pytest.raises(ValueError, match="muon has no parameter"):
         make({"name": "muon", "learning_rate": 0.1}, steps=10).init({"bias": jnp.ones(3), "head": {"kernel": jnp.ones((3, 3))}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "shampoo", "b2": 1.0},
+        {"name": "adafactor", "decay": 1.5},
+        {"name": "prodigy", "decay": 2.0},
+        {"name": "muon", "adam_learning_rate": None},
+        {"name": "adagrad", "initial": 0.0},
+    ],
+)
+def test_what_a_name_means_in_an_optimizer_says_its_range(config):
+    make({"learning_rate": 0.1, **config}, steps=10)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_leaves_without_entries_go_along(name):
+    """Vectors and matrices of a side of 0, of every optimizer: beside others, which move by it."""
+    params = {"w": jnp.ones((3, 2)), "none": jnp.ones((0, 2)), "empty": jnp.ones((2, 0)), "vector": jnp.ones(0)}
+    tx = make({"name": name, "learning_rate": 0.05}, steps=10)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    for tree, like in ((updates, params), (after, state)):
+        assert jax.tree.map(lambda x: x.shape, tree) == jax.tree.map(lambda x: x.shape, like)

@@ -293,13 +293,20 @@ MOMENTS = {
 }
 
 
+def heard() -> None:
+    """Ctrl-C is not ignored, as it is in what a shell runs in the background, this test perhaps."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_set_up_leaves_nothing_that_is_used(tmp_path, number):
     root = house.checkout(tmp_path / "checkout")
     for moment, has_come in MOMENTS.items():
-        process = subprocess.Popen([root / "scripts" / "setup"], env=house.offline(root), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [root / "scripts" / "setup"], env=house.offline(root), stdout=subprocess.DEVNULL, preexec_fn=heard
+        )
         while not has_come(root):
             assert process.poll() is None, f"set-up ended before {moment}"
             time.sleep(0.005)

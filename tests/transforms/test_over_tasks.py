@@ -9,7 +9,7 @@ import pytest
 from research.core.types import Spec
 from research.estimates import accumulated, exact
 from research.learners import gradient
-from research.transforms import over_tasks
+from research.transforms import drawn, over_tasks
 from research.transforms._example import small_classifier
 from research.transforms._trees import nested_axis
 
@@ -134,3 +134,6 @@ def test_what_cannot_be_is_refused():
         ValueError, match=r"over_tasks: the leaves of a batch must share their first axis, got \[\(2,\), \(3,\)\]"
     ):
         over_tasks(TASK, N).loss(VARIABLES, {**batch(), "mask": jnp.ones((2, 4))}, KEY)
+    empty = drawn(TASK, lambda data, key: one(batch(), 0))
+    with pytest.raises(ValueError, match=r"over_tasks: the task's batch is \{\}.*drawn\(over_tasks\(task, 3\), draw\)"):
+        over_tasks(empty, N)

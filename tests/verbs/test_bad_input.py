@@ -12,6 +12,8 @@ import pytest
 from research.__main__ import main
 
 MNIST1D = "configs/papers/mnist1d/config.py:smoke"
+MAML, CAVIA = (f"configs/papers/{name}_sine/config.py:smoke" for name in ("maml", "cavia"))
+LEARNED = "configs/papers/learned_optimizer/config.py:smoke"
 LM, TEXT, FASHION = "configs/lm/stdlib.py:smoke", "configs/lm/text.py:smoke", "configs/vision/fashion_mnist.py:smoke"
 
 
@@ -101,6 +103,16 @@ CASES = {
     "an unknown implementation": (LM, ["--config.model.attention.implementation=xlla"], "nearest: 'xla'"),
     "attention by an older name": (LM, ["--config.model.attention=blockwise"], "is a section; its keys: model.attention."),
     "a negative base": (LM, ["--config.model.rope_base=-1"], "model.rope_base=-1"),
+    "a way up the inner loss": (MAML, ["--config.inner.learning_rate=-0.1"], "inner.learning_rate=-0.1 must be at least 0"),
+    "a way up the outer loss": (MAML, ["--config.learning_rate=-0.1"], "learning_rate=-0.1 must be at least 0"),
+    "a way up the context's loss": (
+        CAVIA,
+        ["--config.inner.learning_rate=-1.0"],
+        "inner.learning_rate=-1.0 must be at least 0",
+    ),
+    "no tasks to test on": (MAML, ["--config.test_tasks=0"], "test_tasks=0; allowed: 1 or more"),
+    "no seeds to race on": (LEARNED, ["--config.race.seeds=0"], "race.seeds=0; allowed: 1 or more"),
+    "no rates to race against": (LEARNED, ["--config.race.slowest=0.0"], "race.slowest=0.0; allowed: above 0"),
     "one wrapper twice": (LM, ["--config.learner.wrap=['skip_nonfinite','skip_nonfinite']"], "twice"),
     "a rename that says nothing": (
         LM,
@@ -136,6 +148,10 @@ FILES = {
     "a rule for no axis": ("config.rules.embd = ['fsdp']", "nearest: 'embed'"),
     "a checkpoint's mistyped key": ("config.checkpoint.evry = 3", "nearest: 'every'"),
     "no list of wrappers": ("del config.transforms['wrap']", "lacks transforms.wrap"),
+    "wrappers that are no list": (
+        "config.estimate = {'name': 'exact', 'wrap': 'accumulated'}",
+        "estimate.wrap='accumulated' is no list; allowed: a list of accumulated,",
+    ),
     "no groups to watch": ("del config.learner['watch']", "lacks learner.watch"),
     "no task": ("del config['task']", "lacks task.name"),
     "a wrong type in a section of its own": (

@@ -69,6 +69,7 @@ def test_measurements_of_a_run_go_with_it(finished, tmp_path):
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_is_measured_again_and_starts_from_one_without(tmp_path):
     config = str(tmp_path / "alone.py")
     Path(config).write_text(

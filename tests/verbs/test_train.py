@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
 from research.__main__ import main
 from research.core.workdir import load_run
 
 SMOKE = ["train", "--config", "configs/lm/stdlib.py:smoke"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_run(pytestconfig):
+    """These runs measure a whole split: LLVM's optimizations, which `make test` leaves out, cost less than they save."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", pytestconfig.option.markexpr == "not slow")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,7 @@ def test_looking_at_a_config_trains_nothing(tmp_path, capfd):
     assert "FLOPs a step" in out and "params" in out and not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_one_batch_is_overfitted(tmp_path, capfd):
     folder = tmp_path / "one"
     more = ["--config.train.steps=60", "--config.train.log_every=60", "--config.stream.batch=1", "--config.stream.length=16"]

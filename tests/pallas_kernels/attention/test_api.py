@@ -88,7 +88,14 @@ REFUSED = {
     "selected blocks of no length": ({"mask": SelectedBlocks(PICKS, 0, 4, CAUSAL)}, r"^mask.q_block: got 0, wanted a whole"),
     "a list of selected": ({"mask": SelectedBlocks(PICKS.tolist(), 4, 4, CAUSAL)}, r"^mask.index: got list, wanted an array"),
     "a list as offset": ({"q_offset": [1]}, r"^q_offset: got list, wanted a whole number"),
-    "an offset of many bits": ({"q_offset": 2**31}, r"^q_offset: got 2147483648, wanted a whole number that int32 holds$"),
+    "an offset of many bits": ({"q_offset": 2**31}, r"^q_offset: got 2147483648, wanted a whole number from -1073741824 to "),
+    "an offset at the end of int32": ({"q_offset": 2**31 - 3}, r"^q_offset: got 2147483645, wanted a whole number from"),
+    "an offset of many bits in an array": ({"q_offset": np.array([0, 2**32])}, r"^q_offset: got 4294967296, wanted"),
+    "an offset before documents": (
+        {"mask": CAUSAL & masks.document(np.zeros(8, int)), "q_offset": -3},
+        r"^q_offset: got -3, wanted at least 0 for a mask of 8 positions, which begin at 0$",
+    ),
+    "an offset before random blocks": ({"mask": masks.random_blocks(0, 4, 1, 8), "q_offset": np.int64(-1)}, r"^q_offset: got"),
     "a score_mod that is none": ({"score_mod": 3}, r"^score_mod: got 3, wanted a function"),
     "a score_mod of rows": (
         {"score_mod": lambda s, b, h, q, kv: jnp.stack([s, s])},
@@ -98,6 +105,19 @@ REFUSED = {
         {"score_mod": lambda s, b, h, q, kv: q - kv},
         r"^score_mod: got int32\[\] for a single score, wanted float32\[\]$",
     ),
+    "a score_mod with if": (
+        {"score_mod": lambda s, b, h, q, kv: s if q > kv else 2 * s},
+        r"^score_mod needs the value of what it is called with, which are arrays: wanted .* instead of and, or, not and if",
+    ),
+    "a score_mod with a table of NumPy's": (
+        {"score_mod": lambda s, b, h, q, kv: s * np.ones(6, np.float32)[q]},
+        r"^score_mod needs the value of .* tables as jnp.asarray\(table\)\[index\]$",
+    ),
+    "a score_mod of three": (
+        {"score_mod": lambda s, q, kv: s},
+        r"^score_mod is called with \(score, batch, head, q_index, kv_index\): too many positional arguments$",
+    ),
+    "a score_mod of a tuple": ({"score_mod": lambda s, b, h, q, kv: (s,)}, r"^score_mod: got tuple of float32\[\] for"),
     "a score_mod of nothing": ({"score_mod": lambda s, b, h, q, kv: None}, r"^score_mod: got nothing for a single score"),
     "segments as lists": ({"segment_ids": [[0] * 6] * 2}, r"^segment_ids: got list, wanted an array"),
     "segments of many bits": ({"segment_ids": np.full((2, 6), 2**32)}, r"^segment_ids: got ids from 4294967296 to .* holds$"),
@@ -106,11 +126,15 @@ REFUSED = {
     "segments of fractions": ({"segment_ids": np.zeros((2, 6))}, r"^segment_ids: got dtype float32, wanted integers$"),
     "sinks of other heads": ({"sinks": np.zeros(2, np.float32)}, r"^sinks: got shape \[2\], wanted \[4\] \[q_heads\]$"),
     "whole sinks": ({"sinks": np.zeros(4, int)}, r"^sinks: got dtype int32, wanted one of"),
-    "a softcap of nothing": ({"softcap": 0}, r"^softcap: got 0, wanted a positive Python number or None$"),
-    "a softcap that is traced": ({"softcap": jnp.float32(2)}, r"^softcap: got .*, wanted a positive Python number or None$"),
-    "a softcap that is a switch": ({"softcap": True}, r"^softcap: got True, wanted a positive Python number or None$"),
-    "a scale that is a switch": ({"scale": False}, r"^scale: got False, wanted a finite Python number or None$"),
-    "an endless scale": ({"scale": float("inf")}, r"^scale: got inf, wanted a finite Python number or None$"),
+    "a softcap of nothing": ({"softcap": 0}, r"^softcap: got 0, wanted a positive number of Python or NumPy"),
+    "a softcap that is traced": ({"softcap": jnp.float32(2)}, r"^softcap: got .*, wanted a positive number of Python or NumPy"),
+    "a softcap that is a switch": ({"softcap": True}, r"^softcap: got True, wanted a positive number of Python or NumPy"),
+    "a scale that is a switch": ({"scale": False}, r"^scale: got False, wanted a finite number of Python or NumPy"),
+    "a scale of many digits": ({"scale": 10**400}, r"^scale: got 1000000.*…, wanted a finite number"),
+    "a scale of thousands of digits": ({"scale": 10**9000}, r"^scale: got int, wanted a finite number"),
+    "a scale beyond float32": ({"scale": 1e39}, r"^scale: got 1e\+39, wanted a finite number"),
+    "no scale": ({"scale": float("nan")}, r"^scale: got nan, wanted a finite number"),
+    "an endless scale": ({"scale": float("inf")}, r"^scale: got inf, wanted a finite number of Python or NumPy"),
 }  # fmt: skip
 
 
@@ -118,13 +142,67 @@ REFUSED = {
 def test_what_does_not_fit_is_one_line(name):
     """That names the argument, what was got and what is wanted; before anything is computed, also under jit."""
     arguments, says = REFUSED[name]
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as error:
         call(**arguments)
+    assert "\n" not in str(error.value)
 
 
-def test_an_unknown_implementation_is_told_the_nearest():
-    with pytest.raises(ValueError, match=r"implementation='reference_'; allowed: None, .*; nearest: 'reference'$"):
-        sparse_attention(Q, K, V, CAUSAL, implementation="reference_")
+@pytest.mark.parametrize("given, nearest", [("reference_", "reference"), ("XLA", "xla"), (["tpu"], "tpu")])
+def test_an_unknown_implementation_is_told_the_nearest(given, nearest):
+    with pytest.raises(ValueError, match=rf"implementation=.*; allowed: None, .*; nearest: '{nearest}'$"):
+        sparse_attention(Q, K, V, CAUSAL, implementation=given)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int64, int, float])
+def test_softcap_and_scale_are_numbers_of_python_or_numpy(kind):
+    got = call(softcap=kind(2), scale=kind(3))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, call(softcap=2.0, scale=3.0))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_windows_and_offsets_at_the_ends_of_int32_do_not_wrap(implementation):
+    """What is further than any position sees all. An offset that is data stops before sums with it would wrap."""
+
+    def attend(mask, q_offset=0):
+        return sparse_attention(Q, K, V, mask, q_offset=q_offset, implementation=implementation)
+
+    far, offset = 2**31 - 1, jnp.int32(2**31 - 1)
+    pairs = [
+        (attend(masks.window(0, far)), attend(masks.window(0, None))),
+        (attend(masks.window(far, 0)), attend(CAUSAL)),
+        (attend(masks.window(far, far), -4), attend(masks.full())),
+        (attend(masks.block_window(4, 0, far)), attend(masks.block_window(4, 0, 5))),
+        (attend(masks.window(0, far - 2), jnp.int32(3)), attend(masks.window(0, None), 3)),
+        (attend(CAUSAL, offset), attend(masks.full())),
+        (attend(masks.window(far, 0), offset), attend(masks.full())),
+        (attend(CAUSAL, -offset), attend(~masks.full())),
+        (attend(~masks.window(None, 1), -offset), attend(masks.full())),
+    ]
+    for got, wanted in pairs:
+        same(got, wanted, FORWARD)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32, np.int8])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_selected_number_that_no_block_has_selects_nothing(dtype, implementation):
+    """Be it negative, too great, or of more bits than int32 has; so rows are filled up."""
+    others = {"int64": [2**32, -(2**40), -7], "uint32": [2**32 - 1, 2**31, 100], "int32": [100, -7, -1], "int8": [100, -7, -1]}
+    index = np.array([[1, *others[np.dtype(dtype).name]], [0, *others[np.dtype(dtype).name]]], dtype)[None, None]
+    assert index.dtype == dtype
+    got = sparse_attention(Q, K, V, SelectedBlocks(index, 4, 4, masks.full()), implementation=implementation)
+    plain = SelectedBlocks(np.array([[[[1], [0]]]], np.int32), 4, 4, masks.full())
+    same(got, sparse_attention(Q, K, V, plain, implementation="reference"), FORWARD)
+    nothing = SelectedBlocks(np.full((1, 1, 2, 1), -7), 4, 4, masks.full())
+    assert not sparse_attention(Q, K, V, nothing, implementation=implementation).any()
+
+
+def test_selected_blocks_are_equal_to_themselves_alone_and_print_in_a_line():
+    """Also where they are traced."""
+    one, other = (SelectedBlocks(jnp.asarray(PICKS), 4, 8, CAUSAL) for _ in range(2))
+    assert one == one and one != other and len({one, other, one}) == 2
+    assert repr(one) == "SelectedBlocks(int32[1, 1, 2, 1], 4 x 8, causal())"
+    assert jax.jit(lambda picks: picks == picks and len(repr(picks)))(one) == len(repr(one))
 
 
 def test_none_falls_back_where_the_best_does_not_support_the_call(monkeypatch):

@@ -172,6 +172,7 @@ def test_lists_that_do_not_fit_the_call_are_refused():
     "name, kv_heads",
     [("causal", 1), pytest.param("by head", 2, marks=pytest.mark.slow), pytest.param("segments", 1, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_the_tpus_kernel_goes_through_the_grid_that_is_counted(name, kv_heads):
     """Interpreted, it tells every grid point that it comes by, forward and backward."""
     sizes, heads, points = Sizes(20, 24, 16, 8), 2, []

@@ -18,6 +18,7 @@ from pallas_kernels.attention.block_mask import block_lists
 from pallas_kernels.attention.lists import EMPTY, FULL, PARTIAL, BlockLists, Segments, Sizes, compacted, transposed, trimmed
 from tests.pallas_kernels.attention import cases, oracle
 from tests.pallas_kernels.attention.cases import CASES, Case
+from tests.pallas_kernels.attention.implementations import ALIKE
 from tests.pallas_kernels.attention.strategies import calls
 from tests.pallas_kernels.kernel_base import compiled
 
@@ -110,13 +111,20 @@ def test_a_calls_blocks_hold_its_pairs(name):
     check_pairs(CASES[name])
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(case=calls())
 def test_the_blocks_of_calls_that_hypothesis_makes_hold_their_pairs(case):
     check_pairs(case if case.blocks else case._replace(blocks=(16, 16)))
 
 
-@pytest.mark.parametrize("name", [n for n in BLOCKED if CASES[n].mask[0] != "selected" and CASES[n].segments is None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ())
+        for name in BLOCKED
+        if CASES[name].mask[0] != "selected" and CASES[name].segments is None
+    ],
+)
 def test_lists_of_data_have_the_blocks_of_known_ones(name):
     """The same offset, known or traced: no block more where bounds are exact, and never one less; full where they are full."""
     case = CASES[name]

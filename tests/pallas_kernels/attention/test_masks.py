@@ -219,9 +219,10 @@ def test_heads_and_sequences_told_apart_must_agree():
 
 def test_a_mask_of_arrays_tells_how_many_positions_it_is_of():
     """What is combined, the least of its parts."""
-    nine, ten = masks.document(np.zeros(9, int)), masks.random_blocks(0, 5, 1, 8)
+    nine, ten = masks.document(np.zeros(9, int)), masks.random_blocks(0, 5, 1, 10)
     assert (nine.length, ten.length, masks.document(np.zeros((2, 9), int)).length) == (9, 10, 9)
-    assert masks.bigbird(0, 4, 30).length == 32 and masks.bigbird(0, 4, 30, count=0).length is None
+    assert masks.random_blocks(0, 16, 1, 100).length == 100  # not the end of the last block
+    assert masks.bigbird(0, 4, 30).length == 30 and masks.bigbird(0, 4, 30, count=0).length is None
     for other in (masks.causal(), masks.full(), masks.prefix(3), masks.global_tokens([50]), made(["function", 1, 2])):
         assert other.length is None and (~other & ten).length == 10
     assert (nine | ten).length == (ten & ~nine).length == masks.per_head(ten, nine, masks.causal()).length == 9
@@ -287,6 +288,28 @@ def test_masks_are_made_inside_of_jit_as_outside():
         (lambda: masks.document(np.zeros(0, int)), r"document's ids: got int64\[0\]"),
         (lambda: masks.random_blocks(0, 4, 11, 40), r"count: got 11, wanted at most the 10 blocks of 4 in 40 keys"),
         (lambda: masks.bigbird(0, 4, 40, window=0), r"bigbird's window: got 0"),
+        (lambda: masks.window(2**31, 0), r"window's left: got 2147483648, wanted a whole number <= 2147483647, which int32"),
+        (lambda: masks.prefix(2**31), r"prefix's n: got 2147483648, wanted a whole number <= 2147483647"),
+        (lambda: masks.global_tokens([2**31]), r"global_tokens' position: got 2147483648"),
+        (lambda: masks.dilated(2**20, 0, 2**20), r"dilated's reach in positions: got 1099511627776"),
+        (lambda: masks.strided(10**5000), r"strided's stride: got int, wanted a whole number <= 2147483647"),
+        (lambda: masks.global_tokens(2.0), r"global_tokens: got 2.0, wanted a whole number or a sequence of them"),
+        (lambda: masks.global_tokens(None), r"global_tokens: got None, wanted a whole number or a sequence of them"),
+        (lambda: masks.global_tokens("ab"), r"global_tokens: got 'ab', wanted"),
+        (lambda: masks.document([[0], [0, 1]]), r"document's ids: got \[\[0\], \[0, 1\]\], wanted integers \[length\] or"),
+        (lambda: masks.document(None), r"document's ids: got object\[\]"),
+        (lambda: masks.random_blocks(np.array([1.5]), 4, 1, 16), r"random_blocks' key: got float64\[1\], wanted an int or"),
+        (lambda: masks.random_blocks(jnp.zeros(2), 4, 1, 16), r"random_blocks' key: got float32\[2\], wanted an int or"),
+        (lambda: masks.random_blocks(0, 4, 1.0, 16), r"random_blocks' count: got 1.0"),
+        (lambda: masks.bigbird(0, 4.5, 40), r"bigbird's size: got 4.5, wanted a whole number >= 1"),
+        (lambda: masks.bigbird(0, 4, 40, count=-1), r"bigbird's count: got -1, wanted a whole number >= 0"),
+        (lambda: masks.bigbird(0, 4, 40, count=None), r"bigbird's count: got None"),
+        (lambda: masks.bigbird(0, 4, 40, global_blocks=None), r"bigbird's global_blocks: got None"),
+        (lambda: masks.bigbird(0, 4, None, count=0), r"bigbird's length: got None"),
+        (lambda: masks.bigbird(0.5, 4, 40, count=0), r"key: got 0.5, wanted an int or a JAX key"),
+        (lambda: masks.bigbird(0, 4, 40, window=4), r"bigbird's window: got 4, wanted an odd .*; nearest: 3 or 5"),
+        (lambda: masks.from_function(lambda b, h, q, kv: (q < kv,)), r"got tuple of bool\[\], wanted one bool\[\]"),
+        (lambda: masks.from_function(lambda b, q, kv: q < kv), r"a mask_mod is called with \(batch, head, q_index, kv"),
         (lambda: masks.per_head(), r"per_head: got no masks"),
         (lambda: masks.per_head([masks.causal()]), r"per_head: got list, wanted masks"),
         (lambda: masks.from_function(lambda b, h, q, kv: kv <= q and kv > 2), r"wanted &, \|, ~ and jnp.where instead of"),
@@ -297,8 +320,9 @@ def test_masks_are_made_inside_of_jit_as_outside():
     ],
 )  # fmt: skip
 def test_what_is_no_mask_is_one_line(make, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as error:
         make()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 FUNCTIONS = {
@@ -346,6 +370,24 @@ def test_a_mask_without_its_methods_is_none():
 
     with pytest.raises(TypeError, match="abstract.*bounds"):
         Unbounded()
+
+
+def test_a_mask_is_neither_true_nor_false():
+    """Else `a and b` would be b."""
+    for wrong in (lambda: masks.causal() and masks.prefix(3), lambda: masks.causal() or masks.full(), lambda: not masks.full()):
+        with pytest.raises(TypeError, match=r"combine masks with &, \|, ~ instead of and, or, not$"):
+            wrong()
+
+
+def test_global_tokens_print_as_they_are_written():
+    for mask, text in (
+        (masks.global_tokens(8), "global_tokens(8)"),
+        (masks.global_tokens([3, 1]), "global_tokens([1, 3])"),
+        (masks.global_tokens(range(20)), "global_tokens([0, 1, 2, 3, 4, 5, 6, 7, …])"),
+        (masks.window(4, 0) | masks.global_tokens(2), "(window(4, 0) | global_tokens(2))"),
+        (masks.prefix(3) | masks.prefix(2), "(prefix(3) | prefix(2))"),
+    ):
+        assert repr(mask) == text
 
 
 def test_only_masks_combine():

@@ -117,6 +117,7 @@ def test_a_mask_that_is_looked_up():
     assert_same(block_mask(mask, 32, 32, 16, 16, heads=2), arrays, cotangents)
 
 
+@pytest.mark.slow
 def test_segments_skip_blocks():
     arrays, cotangents = operands(32, 32, batch=2)
     ids = jnp.array([[0] * 16 + [1] * 16, [0] * 5 + [1] * 20 + [2] * 7])
@@ -138,6 +139,7 @@ def test_one_query_against_a_cache():
     assert_same(masks.causal(), arrays, cotangents, traced=traced, score_mod=tilted)
 
 
+@pytest.mark.slow
 def test_selected_blocks():
     arrays, cotangents = operands(32, 48, heads=4, kv_heads=2)
     index = jnp.array([[[[0, 2], [1, 1]], [[-1, -1], [0, 1]]]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import SelectedBlocks, block_mask, masks, sparse_attention
+from pallas_kernels.attention import SelectedBlocks, api, block_mask, masks, sparse_attention, tpu
 from tests.pallas_kernels.attention.implementations import of as checked
 from tests.pallas_kernels.attention.implementations import with_properties
 from tests.pallas_kernels.kernel_base import FORWARD, GRADIENTS, compiled, results, runner, same, same_results
@@ -131,6 +132,93 @@ def test_second_derivatives_are_the_references(implementation):
 
     with checked(implementation).context():
         same_results(results(slopes(implementation), of), results(slopes("reference"), of), GRADIENTS, GRADIENTS)
+
+
+@pytest.mark.slow
+def test_second_derivatives_where_lists_are_data_are_the_references():
+    """Selected blocks, segments, an offset; masks by head; queries that see nothing. Hessian times vector, reverse over reverse
+    and forward over reverse."""
+    of = operands(batch=1, q_len=11, kv_len=11, heads=2, kv_heads=1, d=4)
+    mask = masks.per_head(masks.causal(), masks.window(3, 0))
+    mask = SelectedBlocks(np.array([[[[0, 1], [-1, -1], [2, 0]]]]), 4, 4, mask)
+    arguments = {"segment_ids": np.repeat([[0, 1, 2]], [4, 2, 5], axis=1), "q_offset": jnp.int32(1)}
+
+    def curved(implementation, of):
+        def loss(of):
+            out, lse = windowed(implementation, of, mask, **arguments)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) ** 2)
+
+        along = jax.tree.map(lambda x: x[:, ::-1], of)
+        slope, pull = jax.vjp(jax.grad(loss), of)
+        return pull(along)[0], jax.jvp(jax.grad(loss), (of,), (along,))[1]
+
+    twice, forward = compiled(functools.partial(curved, "xla"))(of)
+    expected = compiled(lambda of: curved("reference", of)[0])(of)
+    same(twice, expected, GRADIENTS)
+    same(forward, expected, GRADIENTS)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"segment_ids": np.zeros((2, 37), int)}], ids=["known", "segments"])
+def test_forward_mode_names_what_to_use(arguments):
+    """By whatever it is asked for; and reverse mode of a part, of mapped, looped and checkpointed calls is none."""
+    of = jax.tree.map(jnp.asarray, operands())
+
+    def loss(q):
+        return windowed("xla", {**of, "q": q}, **arguments)[0].sum()
+
+    asked = {
+        "jvp": lambda q: jax.jvp(loss, (q,), (q,)),
+        "jacfwd": jax.jacfwd(lambda x: loss(x * of["q"])),
+        "linearize": lambda q: jax.linearize(loss, q)[1](q),
+        "checkpoint": lambda q: jax.jvp(jax.checkpoint(loss), (q,), (q,)),
+    }
+    for name, ask in asked.items():
+        for run in (ask, jax.jit(ask)):
+            with pytest.raises(NotImplementedError, match=r"^implementation: 'xla' has no forward mode .*='reference'"):
+                run(jnp.float32(1) if name == "jacfwd" else of["q"])
+
+    def looped_over(q):
+        return jax.lax.scan(lambda q, _: (windowed("xla", {**of, "q": q}, **arguments)[0], None), q, None, length=2)[0].sum()
+
+    several = jnp.stack([of["q"]] * 2)
+    for function, given in (
+        (looped_over, of["q"]),
+        (jax.checkpoint(looped_over), of["q"]),
+        (lambda q: jax.vmap(loss)(q).sum(), several),
+    ):
+        jax.jit(jax.grad(function)).lower(given)
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_kernels_name_what_has_further_derivatives(implementation):
+    """When they are traced; first derivatives, of checkpointed and looped calls too, are not refused."""
+    of = jax.tree.map(jnp.asarray, operands())
+
+    def loss(q):
+        return windowed(implementation, {**of, "q": q}, masks.causal())[0].sum()
+
+    def slope(q):
+        return jax.grad(lambda q: jax.lax.scan(lambda q, _: (q * jax.checkpoint(loss)(q), None), q, None, length=2)[0].sum())(q)
+
+    with checked(implementation).context() if implementation == "gpu" else interpreted_tpu():
+        jax.make_jaxpr(slope)(of["q"])
+        for twice in (lambda q: jax.grad(lambda q: jax.grad(loss)(q).sum())(q), lambda q: jax.jvp(jax.grad(loss), (q,), (q,))):
+            with pytest.raises(
+                NotImplementedError, match=rf"^implementation: '{implementation}' has first derivatives only; for"
+            ):
+                jax.make_jaxpr(twice)(of["q"])
+        with pytest.raises(
+            NotImplementedError, match=rf"^implementation: '{implementation}' has no forward mode .*='reference'"
+        ):
+            jax.jit(lambda q: jax.jvp(loss, (q,), (q,))).lower(of["q"])
+
+
+@contextlib.contextmanager
+def interpreted_tpu():
+    """For what is traced only: that kernels ran is not looked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(api.IMPLEMENTATIONS, "tpu", functools.partial(tpu.attend, interpret=True))
+        yield
 
 
 @with_properties
