@@ -253,7 +253,7 @@ def run_pip(made: Environment, arguments: Sequence[str], work: Path, say: Progre
     temporary.mkdir(parents=True)
     command = [str(made.python), "-I", "-m", "pip", "install", "--no-color", "--progress-bar=off", *arguments]
     lines: list[str] = []
-    with log.open("a", encoding="utf-8", errors="replace") as kept:
+    with log.open("a", buffering=1, encoding="utf-8", errors="replace") as kept:
         kept.write(f"$ pip {' '.join(arguments)}\n")
         child = subprocess.Popen(
             command,
@@ -401,8 +401,12 @@ def install_packages(made: Environment, work: Path, say: Progress, held: IO[str]
         run_pip(made, ["--no-compile", "-r", str(made.additions)], work, say, held, Doing(f"{made.name} packages", site))
 
 
-def set_up(made: Environment, say: Progress) -> None:
-    """Makes the environment, or leaves it as it is where it is the wanted one."""
+def set_up(made: Environment, say: Progress, signals: Sequence[int] = ()) -> None:
+    """Makes the environment, or leaves it as it is where it is the wanted one.
+
+    signals: those that have told this process to stop so far. Their handler raises, but Python drops what is raised in a
+    finalizer: they are looked at before the environment is called done.
+    """
     wanted = wanted_stamp(made)
     if what_is_wrong(made, wanted) is None:
         return
@@ -424,6 +428,8 @@ def set_up(made: Environment, say: Progress) -> None:
                 create(made, say, held)
                 install_packages(made, work, say, held)
             install_project(made, work, say, held)
+            if signals:
+                raise SystemExit(128 + signals[0])
             draft = made.stamp.with_suffix(".draft")
             draft.write_text(json.dumps(wanted, indent=1) + "\n")
             draft.replace(made.stamp)
@@ -434,17 +440,19 @@ def set_up(made: Environment, say: Progress) -> None:
     say.line(f"{made.folder.name} is ready, {time.monotonic() - say.started:.0f} s")
 
 
-def stop(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)
-
-
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     say = Progress(sys.stdout)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    signals: list[int] = []
+
+    def stop(signum: int, frame: Any) -> None:
+        signals.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
     try:
-        set_up(environment(root, arguments[0] if arguments else ""), say)
+        set_up(environment(root, arguments[0] if arguments else ""), say, signals)
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -268,6 +269,17 @@ def test_an_environment_of_other_making_is_not_taken(tmp_path, change, said):
     assert environment.what_is_wrong(made, wanted) == said
 
 
+def test_a_signal_whose_exception_is_lost_ends_the_set_up_all_the_same(tmp_path, monkeypatch):
+    """As Python loses it where the handler runs in a finalizer."""
+    made, signals = environment.Environment(house.checkout(tmp_path / "checkout"), ""), []
+    monkeypatch.setattr(environment, "create", lambda made, *_: made.folder.mkdir())
+    monkeypatch.setattr(environment, "install_packages", lambda *_: None)
+    monkeypatch.setattr(environment, "install_project", lambda *_: signals.append(signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        environment.set_up(made, environment.Progress(io.StringIO()), signals)
+    assert left.value.code == 128 + signal.SIGTERM and not made.folder.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.faults
 def test_set_ups_at_once_take_turns(tmp_path):
@@ -304,14 +316,14 @@ def heard() -> None:
 def test_an_interrupted_set_up_leaves_nothing_that_is_used(tmp_path, number):
     root = house.checkout(tmp_path / "checkout")
     for moment, has_come in MOMENTS.items():
-        process = subprocess.Popen(
-            [root / "scripts" / "setup"], env=house.offline(root), stdout=subprocess.DEVNULL, preexec_fn=heard
-        )
+        command, out = [root / "scripts" / "setup"], subprocess.PIPE
+        process = subprocess.Popen(command, env=house.offline(root), stdout=out, stderr=out, text=True, preexec_fn=heard)
         while not has_come(root):
             assert process.poll() is None, f"set-up ended before {moment}"
             time.sleep(0.005)
         process.send_signal(number)
-        assert process.wait(timeout=60) != 0, moment
+        said = process.communicate(timeout=60)
+        assert process.returncode != 0, (moment, said)
         assert not (root / ".venv" / "made-from.json").exists(), moment
         if number != signal.SIGKILL:
             assert not (root / ".venv").exists(), moment
