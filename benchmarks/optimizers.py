@@ -1,4 +1,4 @@
-"""A race of optimizers, each tuned on the same budget: steps and seconds to AdamW's validation loss.
+"""A race of optimizers, each tuned on the same budget: steps and seconds to AdamW's test loss.
 
     gnomon bench optimizers                              # all three races; it says first how long they will take
     gnomon bench optimizers -- --work gru                # one of them
@@ -7,11 +7,12 @@
 Work: gru, the MNIST-1D GRU; vit, the Fashion-MNIST ViT; lm, the byte-level transformer of lm/stdlib.py at its smoke size.
 
 For each optimizer TRIALS learning rates are drawn log-uniformly over two decades around where its authors use it, the same
-quantiles for all. The one of the lowest validation loss at the end of its run is run again from SEEDS other initializations.
+quantiles for all. The one of the lowest validation loss at the end of its run is run again from SEEDS other initializations,
+which are measured on test data: all that is reported but the learning rate.
 All else is the config's or the optimizer's default: no weight decay, no clipping, a warmup of 5% and a cosine to 0, for the
 schedule-free one a warmup alone.
 
-The target of a work is the median over seeds of AdamW's last validation loss. A seed that never reaches it counts as infinitely
+The target of a work is the median over seeds of AdamW's last test loss. A seed that never reaches it counts as infinitely
 many steps in the median, and in "reached". Seconds are steps times the seconds of a step of one member alone, timed after
 compiling and with preconditioners refreshed as often as in a run.
 """
@@ -19,6 +20,7 @@ compiling and with preconditioners refreshed as often as in a run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -34,9 +36,11 @@ from benchmarks.harness import run
 from configs.lm import stdlib
 from configs.papers.mnist1d import config as mnist1d
 from configs.vision import fashion_mnist
+from research.core.batches import from_function
 from research.core.evaluate import evaluator_run
 from research.core.loop import Program, compiled
 from research.core.names import choose
+from research.core.types import Evaluation
 from research.experiment import Experiment, build
 
 NEEDS_PEERS = False
@@ -59,13 +63,17 @@ OPTIMIZERS: Mapping[str, tuple[float, Mapping[str, Any]]] = {
 
 
 class Work(NamedTuple):
-    """config: the module's config, before an optimizer is put in. measure: prefix and name of the validation loss."""
+    """config: the module's config, before an optimizer is put in. tuning, reporting: prefixes of its evaluations; measure: the
+    loss's name in both. test_part: 1 in so many test batches is measured, evenly apart."""
 
     title: str
     config: Any
-    measure: tuple[str, str]
+    tuning: str
+    measure: str
     steps: int
     every: int
+    test_part: int = 1
+    reporting: str = "test"
 
 
 def works() -> dict[str, Work]:
@@ -76,9 +84,9 @@ def works() -> dict[str, Work]:
     lm = stdlib.get_config("smoke")
     lm.evaluate.every = 30
     return {
-        "gru": Work("MNIST-1D GRU", gru, ("val", "nll"), 1500, 50),
-        "vit": Work("Fashion-MNIST ViT", vit, ("val", "nll"), 1000, 50),
-        "lm": Work("lm/stdlib.py at its smoke size", lm, ("val_part", "bits_per_byte"), 600, 30),
+        "gru": Work("MNIST-1D GRU", gru, "val", "nll", 1500, 50),
+        "vit": Work("Fashion-MNIST ViT", vit, "val", "nll", 1000, 50),
+        "lm": Work("lm/stdlib.py at its smoke size", lm, "val_part", "bits_per_byte", 600, 30, test_part=9),
     }
 
 
@@ -106,17 +114,23 @@ def stacked(drawn: Any, n: int) -> Any:
     return jax.tree.map(lambda *x: np.stack(x), *(next(drawn) for _ in range(n)))
 
 
-def curves(work: Work, name: str, rates: list[float], steps: int, key: jax.Array) -> np.ndarray:
-    """Validation losses [evaluations, members], every `work.every` steps; NaN where a member has diverged."""
+def one_in(evaluation: Evaluation, n: int) -> Evaluation:
+    """Every n-th batch of it alone."""
+    batches = list(itertools.islice(evaluation.batches.open(), 0, None, n))
+    return evaluation._replace(batches=from_function(batches.__getitem__, len(batches)))
+
+
+def curves(work: Work, name: str, rates: list[float], steps: int, key: jax.Array, prefix: str) -> np.ndarray:
+    """Losses [evaluations, members] of the evaluation `prefix`, every `work.every` steps; NaN where a member has diverged."""
     made = experiment(work, name, rates, steps)
     learner, batches, _, _ = made.stages[0]
-    prefix, measure = work.measure
-    evaluate = evaluator_run(made.evaluations[prefix])
+    measured = made.evaluations[prefix]
+    evaluate = evaluator_run(one_in(measured, work.test_part) if prefix == work.reporting else measured)
     program = compiled(learner, None)
     state, drawn, seen = program.init(key, None), batches.open(), []
     for _ in range(0, steps, work.every):
         state, _ = program.step(state, program.put(stacked(drawn, work.every)), work.every, key)
-        seen.append(np.asarray(evaluate(learner.variables(state), key)[measure], np.float64))
+        seen.append(np.asarray(evaluate(learner.variables(state), key)[work.measure], np.float64))
     return np.stack(seen)
 
 
@@ -157,10 +171,10 @@ def race(work: Work, steps: int, trials: int, seeds: int, times: Mapping[str, fl
     for name in times:
         began = time.perf_counter()
         rates = learning_rates(name, trials)
-        last = curves(work, name, rates, steps, jax.random.key(1))[-1]
+        last = curves(work, name, rates, steps, jax.random.key(1), work.tuning)[-1]
         tuned[name] = rates[int(np.argmin(np.where(np.isfinite(last), last, np.inf)))]
-        runs[name] = curves(work, name, [tuned[name]] * seeds, steps, jax.random.key(0))
-        say(f"  {name}: rate {tuned[name]:.3g}, loss {np.median(runs[name][-1]):.4f}, {time.perf_counter() - began:.0f} s")
+        runs[name] = curves(work, name, [tuned[name]] * seeds, steps, jax.random.key(0), work.reporting)
+        say(f"  {name}: rate {tuned[name]:.3g}, test loss {np.median(runs[name][-1]):.4f}, {time.perf_counter() - began:.0f} s")
     target = float(np.median(runs["adamw"][-1]))
     facts = {}
     for name, losses in runs.items():
@@ -171,8 +185,8 @@ def race(work: Work, steps: int, trials: int, seeds: int, times: Mapping[str, fl
             "learning rate is at the edge of its range": bool(
                 middle < 10 ** (-1 + 2 / trials) or middle > 10 ** (1 - 2 / trials)
             ),
-            "last validation loss, median": said(np.median(losses[-1])),
-            "last validation loss, range": [said(losses[-1].min()), said(losses[-1].max())],
+            "last test loss, median": said(np.median(losses[-1])),
+            "last test loss, range": [said(losses[-1].min()), said(losses[-1].max())],
             "steps to AdamW's loss, median": said(np.median(needed)),
             "seconds to AdamW's loss, median": said(np.median(needed) * times[name]),
             "seeds that reached it": f"{int(np.isfinite(needed).sum())} of {seeds}",
@@ -199,7 +213,7 @@ def draw(row: dict[str, Any], path: Path) -> None:
         at = row["every"] * np.arange(1, losses.shape[1] + 1)
         (line,) = ax.plot(at, np.nanmedian(losses, 0), label=name)
         ax.fill_between(at, np.nanmin(losses, 0), np.nanmax(losses, 0), color=line.get_color(), alpha=0.15)
-    ax.set(title=row["work"], xlabel="steps", ylabel="validation loss", yscale="log")
+    ax.set(title=row["work"], xlabel="steps", ylabel="test loss", yscale="log")
     ax.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
