@@ -16,7 +16,7 @@ import pytest
 from tests.faults.launching import damage
 
 REPO = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 60
 CONFIG = f"""
 from ml_collections import config_dict
 

@@ -312,13 +312,17 @@ def heard() -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_set_up_leaves_nothing_that_is_used(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "moments"),
+    [(signal.SIGINT, list(MOMENTS)[::2]), (signal.SIGTERM, list(MOMENTS)[1::2]), (signal.SIGKILL, list(MOMENTS))],
+    ids=["SIGINT", "SIGTERM", "SIGKILL"],
+)
+def test_an_interrupted_set_up_leaves_nothing_that_is_used(tmp_path, number, moments):
     root = house.checkout(tmp_path / "checkout")
-    for moment, has_come in MOMENTS.items():
+    for moment in moments:
         command, out = [root / "scripts" / "setup"], subprocess.PIPE
         process = subprocess.Popen(command, env=house.offline(root), stdout=out, stderr=out, text=True, preexec_fn=heard)
-        while not has_come(root):
+        while not MOMENTS[moment](root):
             assert process.poll() is None, f"set-up ended before {moment}"
             time.sleep(0.005)
         process.send_signal(number)

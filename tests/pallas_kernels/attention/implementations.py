@@ -53,9 +53,10 @@ def for_tpu(case: Case) -> Case:
     sequences where they are alike."""
     case = for_kernels(case)
     mask = inner(mask_of(case))
-    if case.mask[0] == "selected" or mask.heads or mask.batch or case.segments or len(case.offset) > 1:
+    if case.mask[0] == "selected" or mask.heads:
         return case
-    return case._replace(batch=1, q_heads=2, kv_heads=max(1, case.kv_heads // 2))
+    case = case._replace(q_heads=2, kv_heads=max(1, case.kv_heads // 2))
+    return case if mask.batch or case.segments or len(case.offset) > 1 else case._replace(batch=1)
 
 
 def for_gpu(case: Case) -> Case:

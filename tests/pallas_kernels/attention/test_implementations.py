@@ -102,7 +102,7 @@ def test_the_same_call_gives_the_same_bits(implementation):
 BAD = {"NaN": np.nan, "infinite": np.inf, "minus infinite": -np.inf}
 POISONED = {
     "keys that nobody sees": (Case(["prefix", 40], sinks=True), slice(40, 60)),
-    "keys that no segment has": (Case(["full"], segments=([[0] * 67] * 2, [[0] * 30 + [1] * 30 + [0] * 7] * 2)), slice(30, 60)),
+    "keys that no segment has": (Case(["full"], batch=1, segments=([[0] * 67], [[0] * 30 + [1] * 37])), slice(30, 67)),
     "keys that are not selected": (Case(cases.selected(cases.PICKS % 2, ["full"])), slice(64, 67)),
     "keys in the future of most": (Case(CAUSAL), slice(50, 51)),
     "keys at an offset": (Case(["window", 9, 0], q_len=31, offset=(36,), traced=True), slice(0, 27)),
