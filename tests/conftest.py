@@ -26,7 +26,7 @@ if "collective_call_terminate_timeout" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ.pop("MPLBACKEND", None)  # nor set here: in a notebook's kernel it would keep plots out of the notebook
 
-# Tests mostly compile small programs that run once: here without XLA's emitters of fusions, which takes a third of the time off.
+# Tests mostly compile small programs that run once: here without XLA's emitters of fusions, which take a third of that time.
 # The processes that tests start compile as a user's do.
 THEIRS = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{THEIRS} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
