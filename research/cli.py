@@ -16,6 +16,7 @@ from research.core import processes
 from research.core.checkpoint import CheckpointError
 from research.core.config import ConfigError
 from research.core.interrupts import Interrupted
+from research.core.names import suggestion
 from research.core.nonfinite import NonFiniteError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,11 +24,18 @@ BAD_INPUT, FAILED = 2, 1
 
 
 class Parser(argparse.ArgumentParser):
-    """One that refuses in one line, with exit code 2."""
+    """One that refuses in one line, with exit code 2, and says which option is nearest to one that there is not."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(BAD_INPUT)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name, options = unknown[0].partition("=")[0], list(self._option_string_actions)
+            self.error(f"{name} is unknown; allowed: {', '.join(options)}{suggestion(name, options)}")
+        return found
 
 
 def parser(verb: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -24,6 +24,8 @@ from research.local_processes import Job, free_port
         (["--processes", "2"], "no verb to launch"),
         (["--", "trian"], "verb='trian' is unknown; allowed: evaluate, train; nearest: 'train'"),
         (["--processes", "0", "--", "train"], "--processes 0; allowed: 1 or more"),
+        (["--proceses=2", "--", "train"], "--proceses is unknown; allowed: -h, --help, --processes, "),
+        (["--proceses", "2", "--", "train"], "--claim; nearest: '--processes'; see gnomon launch --help"),
         (["--processes", "2", "train", "--config", "c.py"], "-- is missing before train"),
         (
             ["--engine", "jobset", "--processes", "4", "--dry-run", "--", "train"],
