@@ -18,19 +18,13 @@ from tests.faults.launching import damage
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 60
 CONFIG = f"""
-from ml_collections import config_dict
-
-from configs.lm import stdlib
-
-ARGS = ("smoke",)
+from tests.verbs import smoke_on_readme
 
 
 def get_config(arg=""):
-    config = stdlib.get_config("smoke")
+    config = smoke_on_readme.get_config()
     config.train.update({{"steps": {STEPS}, "log_every": 5}})
     config.checkpoint.update({{"every": 2, "keep_latest": 2}})
-    config.data = {{"name": "files", "paths": ["README.md"], "tokenizer": "bytes", "split": "position", "separator": "",
-                    "field": config_dict.placeholder(str)}}
     return config
 """
 

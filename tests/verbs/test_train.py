@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 
-import jax
 import pytest
 
 from research.__main__ import main
 from research.core.workdir import load_run
 
-SMOKE = ["train", "--config", "configs/lm/stdlib.py:smoke"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_run(pytestconfig):
-    """These runs measure a whole split: LLVM's optimizations, which `make test` leaves out, cost less than they save."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", pytestconfig.option.markexpr == "not slow")
+CONFIG = "tests/verbs/smoke_on_readme.py"
+SMOKE = ["train", "--config", CONFIG]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +52,14 @@ def test_a_folder_of_another_config_is_refused_and_overwritten_only_when_told(fi
 
 
 def test_a_trained_run_is_measured_again_to_the_same_number(finished, capfd):
-    assert main(["evaluate", "--config", "configs/lm/stdlib.py:smoke", "--workdir", str(finished), "--only", "test"]) == 0
+    assert main(["evaluate", "--config", CONFIG, "--workdir", str(finished), "--only", "test"]) == 0
     line = json.loads((finished / "evaluations.jsonl").read_text().splitlines()[-1])
     summary = json.loads((finished / "summary.json").read_text())
     assert line["test/bits_per_byte"] == summary["test/bits_per_byte"]
 
 
 def test_a_trained_run_is_sampled_and_a_seed_repeats(finished, capfd):
-    command = ["sample", "--config", "configs/lm/stdlib.py:smoke", "--workdir", str(finished), "--config.sample.tokens=12"]
+    command = ["sample", "--config", CONFIG, "--workdir", str(finished), "--config.sample.tokens=12"]
     texts = []
     for seed in ("1", "1", "2"):
         assert main([*command, "--seed", seed]) == 0
