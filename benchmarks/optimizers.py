@@ -179,7 +179,7 @@ def race(work: Work, steps: int, trials: int, seeds: int, times: Mapping[str, fl
     facts = {}
     for name, losses in runs.items():
         needed = steps_to(target, losses, work.every)
-        middle = rates_of_middle(tuned[name], name)
+        middle = tuned[name] / OPTIMIZERS[name][0]
         facts[name] = {
             "learning rate": said(tuned[name]),
             "learning rate is at the edge of its range": bool(
@@ -193,10 +193,6 @@ def race(work: Work, steps: int, trials: int, seeds: int, times: Mapping[str, fl
             "milliseconds a step": said(1e3 * times[name]),
         }
     return facts, {name: [[said(x) for x in member] for member in losses.T] for name, losses in runs.items()}
-
-
-def rates_of_middle(rate: float, name: str) -> float:
-    return rate / OPTIMIZERS[name][0]
 
 
 def say(text: str) -> None:

@@ -401,7 +401,7 @@ def install_packages(made: Environment, work: Path, say: Progress, held: IO[str]
         run_pip(made, ["--no-compile", "-r", str(made.additions)], work, say, held, Doing(f"{made.name} packages", site))
 
 
-def set_up(made: Environment, say: Progress, signals: Sequence[int] = ()) -> None:
+def set_up(made: Environment, say: Progress, signals: Sequence[int]) -> None:
     """Makes the environment, or leaves it as it is where it is the wanted one.
 
     signals: those that have told this process to stop so far. Their handler raises, but Python drops what is raised in a

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -271,13 +271,23 @@ def test_an_environment_of_other_making_is_not_taken(tmp_path, change, said):
 
 def test_a_signal_whose_exception_is_lost_ends_the_set_up_all_the_same(tmp_path, monkeypatch):
     """As Python loses it where the handler runs in a finalizer."""
-    made, signals = environment.Environment(house.checkout(tmp_path / "checkout"), ""), []
+
+    def lost(*_) -> None:
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+
+    root = house.checkout(tmp_path / "checkout")
     monkeypatch.setattr(environment, "create", lambda made, *_: made.folder.mkdir())
     monkeypatch.setattr(environment, "install_packages", lambda *_: None)
-    monkeypatch.setattr(environment, "install_project", lambda *_: signals.append(signal.SIGTERM))
-    with pytest.raises(SystemExit) as left:
-        environment.set_up(made, environment.Progress(io.StringIO()), signals)
-    assert left.value.code == 128 + signal.SIGTERM and not made.folder.exists()
+    monkeypatch.setattr(environment, "install_project", lost)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            environment.main([], root)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left.value.code == 128 + signal.SIGTERM and not (root / ".venv").exists()
 
 
 @pytest.mark.slow
