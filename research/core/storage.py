@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,24 @@ Description = Sequence[dict[str, Any]]
 
 
 def _told_otherwise(record: logging.LogRecord) -> bool:
-    """Orbax logs 200 lines of traceback for a failed save, beside the exception that is raised here in one line."""
-    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+    """What is logged of a failed save beside the exception that it raises, which is shown in one line: by orbax 200 lines of
+    traceback, by asyncio a traceback for each further array that could not be written.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return "_SignalingThread.run() raised an exception" not in record.getMessage() and ".orbax-checkpoint-tmp" not in str(error)
+
+
+def _raised_otherwise(args: sys.UnraisableHookArgs, before: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """A failed save closes its event loop at the first array that could not be written, and tensorstore has Python print a
+    traceback for each array whose write ends after that.
+    """
+    if args.object is not None or not isinstance(args.exc_value, RuntimeError) or "loop is closed" not in str(args.exc_value):
+        before(args)
 
 
 logging.getLogger("absl").addFilter(_told_otherwise)
+logging.getLogger("asyncio").addFilter(_told_otherwise)
+sys.unraisablehook = _raised_otherwise
 
 
 class CheckpointError(ValueError):

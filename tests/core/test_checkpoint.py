@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -396,3 +398,29 @@ def test_a_full_disk_is_said_with_the_path_and_the_checkpoint_before_stays(tiny_
     assert checkpoints.latest().step == 1
     checkpoints.save(small_state(4))
     assert checkpoints.latest().step == 4
+
+
+@pytest.mark.faults
+def test_many_arrays_that_find_the_disk_full_are_one_line_and_no_traceback(tiny_disk):
+    """Most of them fail after the first has ended the save: by itself, each is a traceback from tensorstore or asyncio."""
+    code = """
+        import sys, pathlib, numpy
+        from research.core import storage
+        many = {f"a{i}": numpy.random.rand(500 + i, 50) for i in range(100)}
+        for attempt in range(20):
+            directory = pathlib.Path(sys.argv[1]) / str(attempt)
+            try:
+                storage.write(many, directory)()
+            except Exception as error:
+                print(storage.failure(error, directory))
+        class Broken:
+            def __del__(self):
+                raise ValueError("no save's")
+        Broken()
+        """
+    said = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tiny_disk], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    lines = [f"{tiny_disk / str(attempt)} was not saved: no space left on the device" for attempt in range(20)]
+    assert said.stdout.splitlines() == lines
+    assert said.stderr.count("Traceback") == 1 and said.stderr.strip().endswith("ValueError: no save's"), said.stderr
