@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from research.core.nonfinite import NonFiniteError
 
 PACKAGE = Path(__file__).resolve().parent
 BAD_INPUT, FAILED = 2, 1
+UNREAD = 141  # as a shell says that a process has ended by SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +57,20 @@ def _ours(error: BaseException) -> bool:
     return "site-packages" not in last or PACKAGE in Path(last).parents
 
 
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads. It leads nowhere then, so that Python's last flush does not fail."""
+    try:
+        out = select.poll()
+        out.register(sys.stdout, 0)
+        unread = bool(out.poll(0))
+    except (OSError, ValueError):  # no file of the system's
+        return False
+    if unread:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return unread
+
+
 @contextlib.contextmanager
 def one_line_errors(verb: str) -> Iterator[None]:
     """Ends the process with one line where the input is bad (code 2) or the run failed (code 1). What is neither is a fault of
@@ -71,6 +88,10 @@ def one_line_errors(verb: str) -> Iterator[None]:
         if (told := processes.loss_of_peer(error)) is None:
             raise
         code, line = processes.LOST, told
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        code, line = UNREAD, "what read its output has ended"
     except OSError as error:
         if error.filename is None and error.errno is None and not _ours(error):
             raise
