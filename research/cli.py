@@ -78,6 +78,7 @@ def one_line_errors(verb: str) -> Iterator[None]:
     code = None
     try:
         yield
+        sys.stdout.flush()
     except Interrupted as error:
         code, line = error.code, f"ended by {error}; the same command starts again from what was saved"
     except (NonFiniteError, CheckpointError, processes.PeerError) as error:

@@ -14,14 +14,22 @@ from research import cli
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_verb_whose_output_nobody_reads_says_so_and_ends():
+def unread(*command: str) -> tuple[int, str]:
+    """(exit code, standard error) of Python's `command`, the reader of whose output has gone."""
     read, write = os.pipe()
     os.close(read)
-    ended = subprocess.run(
-        [sys.executable, "-m", "research", "reproduce", "--list"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True
-    )
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert ended.returncode == 141 and ended.stderr == "gnomon reproduce: what read its output has ended\n"
+    return ended.returncode, ended.stderr
+
+
+def test_a_verb_whose_output_nobody_reads_says_so_and_ends():
+    assert unread("-m", "research", "reproduce", "--list") == (141, "gnomon reproduce: what read its output has ended\n")
+
+
+def test_little_that_is_written_at_the_end_is_missed_too():
+    code = "from research import cli\nwith cli.one_line_errors('bench'): print('a result')"
+    assert unread("-c", code) == (141, "gnomon bench: what read its output has ended\n")
 
 
 def test_a_pipe_that_breaks_elsewhere_is_no_matter_of_the_output():
