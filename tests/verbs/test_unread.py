@@ -18,7 +18,8 @@ def unread(*command: str) -> tuple[int, str]:
     """(exit code, standard error) of Python's `command`, the reader of whose output has gone."""
     read, write = os.pipe()
     os.close(read)
-    ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=buffered, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     return ended.returncode, ended.stderr
 
