@@ -19,7 +19,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.core.names import suggestion
-from research.core.tree import joined, map_with_path
+from research.core.tree import Path, joined, map_with_path
 
 # Outermost first: neighbors on the last axis are neighbors in the machine, where talk is most and dearest.
 AXES = ("population", "pipeline", "data", "fsdp", "sequence", "tensor")
@@ -82,10 +82,21 @@ class Layout(NamedTuple):
         return PartitionSpec(*out)
 
     def shardings(self, axes: Any, abstract: Any, what: str) -> Any:
-        """NamedShardings of a tree of arrays (or their shapes) whose axes are `axes`."""
-        return map_with_path(
-            lambda path, a, x: NamedSharding(self.mesh, self.spec(tuple(a), x.shape, f"{what} {joined(path)}")), axes, abstract
-        )
+        """NamedShardings of a tree of arrays (or their shapes) whose axes are `axes`. Of those that cannot be laid out, the
+        ValueError names one of the shortest path: a parameter, not its moments."""
+        refused: list[tuple[int, str]] = []
+
+        def of(path: Path, own: Any, x: Any) -> NamedSharding | None:
+            try:
+                return NamedSharding(self.mesh, self.spec(tuple(own), x.shape, f"{what} {joined(path)}"))
+            except ValueError as error:
+                refused.append((len(path), str(error)))
+                return None
+
+        made = map_with_path(of, axes, abstract)
+        if refused:
+            raise ValueError(min(refused)[1])
+        return made
 
     def batch_shardings(self, specs: Any) -> Any:
         return map_with_path(

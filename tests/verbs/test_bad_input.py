@@ -72,6 +72,7 @@ CASES = {
     "an unknown transform": (LM, ["--config.transforms.wrap=['augmnt']"], "nearest: 'augment'"),
     "width and heads": (LM, ["--config.model.heads=5"], "model.heads=5"),
     "batch and mesh": (LM, ["--config.stream.batch=6", "--config.mesh.data=4"], "is not divisible by mesh data=4"),
+    "parameters and mesh": (LM, ["--config.mesh.fsdp=3", "--config.stream.batch=6"], "state params/embed/table (256, 64)"),
     "microbatches": (
         LM,
         ["--config.estimate.wrap=['accumulated']"],
