@@ -89,16 +89,21 @@ def test_one_asked_to_stop_makes_all_save_at_one_step_and_end_well(folder, strai
     assert len(set(steps)) == len(steps) and stopped in steps  # nothing that was logged was lost or done again
 
 
-def test_where_the_launcher_is_killed_all_save_at_one_step_and_end(folder, straight):
-    words = ("--config.pause=0.1", "--config.every=60")  # what is saved before is saved since the launcher is gone
-    run = Launched(folder / "orphans", 2, *words, restarts=3)
-    run.when(lambda workdir: (workdir / "metrics.jsonl").exists() and b"loss" in (workdir / "metrics.jsonl").read_bytes())
+def logged(workdir: Path) -> bool:
+    return (workdir / "metrics.jsonl").exists() and b"loss" in (workdir / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("every", "moment"), [(60, logged), (10, saving)], ids=["before-any-save", "mid-save"])
+def test_where_the_launcher_is_killed_all_save_at_one_step_and_end(folder, straight, every, moment):
+    words, name = ("--config.pause=0.1", f"--config.every={every}"), f"orphans-{every}"
+    run = Launched(folder / name, 2, *words, restarts=3)
+    run.when(moment)
     pids = [run.pid(0), run.pid(1)]
     run.process.kill()
     assert ended(pids, HEARTBEAT + 15) < HEARTBEAT + 5
     stopped = int(newest(run).name.split("-")[1])
     assert stopped < 60 and stopped in read_series(run.workdir / "metrics.jsonl")["train/loss"][0]
-    run = Launched(folder / "orphans", 2, *words)
+    run = Launched(folder / name, 2, *words)
     assert run.finished()["state_sha256"] == straight(2)
 
 
