@@ -1,28 +1,28 @@
 """A race of optimizers, each tuned on the same budget: steps and seconds to AdamW's test loss.
 
-    gnomon bench optimizers                              # all three races; it says first how long they will take
+    gnomon bench optimizers                              # all three races; once it has timed steps, it says how long they take
     gnomon bench optimizers -- --work gru                # one of them
     gnomon bench optimizers --dry-run -- --quick         # a minute: two optimizers, few steps, trials and seeds
 
 Work: gru, the MNIST-1D GRU; vit, the Fashion-MNIST ViT at batch 16; lm, the byte-level transformer of lm/stdlib.py at its
 smoke size.
 
-For each optimizer TRIALS learning rates are drawn log-uniformly over two decades around where its authors use it, the same
-quantiles for all. The one of the lowest validation loss at the end of its run is run again from SEEDS other initializations,
-which are measured on test data: all that is reported but the learning rate.
-All else is the config's or the optimizer's default: no weight decay, no clipping, a warmup of 5% and a cosine to 0, for the
-schedule-free one a warmup alone.
+For each optimizer TRIALS learning rates are drawn log-uniformly over three decades, the same quantiles for all, around a middle
+that stands in OPTIMIZERS beside the few settings that are not its defaults. The one of the lowest validation loss at the end of
+its run is run again from SEEDS other initializations, which are measured on test data: all that is reported but the learning
+rate. All runs see the same batches; a trial has an initialization of its own, the same for all optimizers. No weight decay, no
+clipping of gradients, a warmup of 5% and a cosine to 0, for the schedule-free one a warmup alone. Muon's AdamW, for what is no
+hidden matrix, has Muon's learning rate.
 
-The target of a work is the median over seeds of AdamW's last test loss. A seed that never reaches it counts as infinitely
-many steps in the median, and in "reached". Seconds are steps times the seconds of a step of one member alone, timed after
-compiling and with preconditioners refreshed as often as in a run.
+The target of a work is the median over seeds of AdamW's last test loss, which AdamW itself meets about when its cosine ends. A
+seed that never meets it counts as infinitely many steps in the median. Seconds are of one member alone, summed from the first
+step to that one: all optimizers take turns of `every` steps over a whole run, after compiling.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -46,15 +46,15 @@ from research.experiment import Experiment, build
 
 NEEDS_PEERS = False
 TRIALS, SEEDS = 9, 5
-LARGEST = 512  # a longer side is not preconditioned: that of n-gram tables alone, as long as their hashes
-PLOTS = Path(__file__).resolve().parent.parent / "docs"
+DECADES = 3.0
+LARGEST = 512  # a longer side is not preconditioned by SOAP and PSGD: that of n-gram tables alone; Shampoo cuts it into blocks
 
 # name: (the middle of its learning rates, its keys)
 OPTIMIZERS: Mapping[str, tuple[float, Mapping[str, Any]]] = {
     "adamw": (3e-3, {}),
     "sgd": (0.1, {"momentum": 0.9}),
     "lion": (3e-4, {}),
-    "adafactor": (3e-2, {"parameter_scale": False}),
+    "adafactor": (3e-3, {"parameter_scale": False}),
     "muon": (3e-3, {"scale": "rms", "dtype": "float32"}),
     "soap": (3e-3, {"largest": LARGEST}),
     "shampoo": (3e-3, {}),
@@ -77,6 +77,10 @@ class Work(NamedTuple):
     test_part: int = 1
     reporting: str = "test"
 
+    @property
+    def said(self) -> str:
+        return f"{self.title}, {self.steps} steps, measured on 1 in {self.test_part} batches of test data"
+
 
 def works() -> dict[str, Work]:
     gru = mnist1d.get_config("gru")
@@ -88,8 +92,8 @@ def works() -> dict[str, Work]:
     lm.evaluate.every = 30
     return {
         "gru": Work("MNIST-1D GRU", gru, "val", "nll", 1500, 50),
-        "vit": Work("Fashion-MNIST ViT, batch 16", vit, "val", "nll", 400, 40, test_part=5),
-        "lm": Work("lm/stdlib.py at its smoke size", lm, "val_part", "bits_per_byte", 300, 30, test_part=9),
+        "vit": Work("Fashion-MNIST ViT, batch 16", vit, "val", "nll", 400, 20, test_part=10),
+        "lm": Work("lm/stdlib.py at its smoke size", lm, "val_part", "bits_per_byte", 300, 20, test_part=9),
     }
 
 
@@ -123,81 +127,96 @@ def one_in(evaluation: Evaluation, n: int) -> Evaluation:
     return evaluation._replace(batches=from_function(batches.__getitem__, len(batches)))
 
 
-def curves(work: Work, name: str, rates: list[float], steps: int, key: jax.Array, prefix: str) -> np.ndarray:
-    """Losses [evaluations, members] of the evaluation `prefix`; NaN where a member has diverged. Every `work.every` steps for
-    what is reported, at the end alone for what tunes."""
-    made = experiment(work, name, rates, steps)
+def curves(work: Work, name: str, rates: list[float], key: jax.Array, prefix: str) -> np.ndarray:
+    """Losses [evaluations, members] of the evaluation `prefix`; infinite where a member has diverged. Every `work.every` steps
+    for what is reported, at the end alone for what tunes."""
+    made = experiment(work, name, rates, work.steps)
     learner, batches, _, _ = made.stages[0]
     measured, reported = made.evaluations[prefix], prefix == work.reporting
     evaluate = evaluator_run(one_in(measured, work.test_part) if reported else measured)
     program = compiled(learner, None)
     state, drawn, seen = program.init(key, None), batches.open(), []
-    for done in range(work.every, steps + 1, work.every):
+    for done in range(work.every, work.steps + 1, work.every):
         state, _ = program.step(state, program.put(stacked(drawn, work.every)), work.every, key)
-        if reported or done == steps:
+        if reported or done == work.steps:
             seen.append(np.asarray(evaluate(learner.variables(state), key)[work.measure], np.float64))
-    return np.stack(seen)
+    return np.nan_to_num(np.stack(seen), nan=np.inf)
 
 
-def seconds_a_step(work: Work, name: str, rounds: int) -> float:
-    """The median over `rounds` calls of `work.every` steps, after one that compiles."""
-    made = experiment(work, name, None, work.every * (rounds + 1))
-    program: Program = compiled(made.stages[0].learner, None)
-    key = jax.random.key(0)
-    state, drawn, times = program.init(key, None), made.stages[0].batches.open(), []
-    for _ in range(rounds + 1):
-        batches = program.put(stacked(drawn, work.every))
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(program.step(state, batches, work.every, key))
-        times.append((time.perf_counter() - began) / work.every)
-    return statistics.median(times[1:])
+def seconds(work: Work, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """[turns]: seconds of each turn of `work.every` steps of a run, the optimizers taking turns, each compiled before."""
+    runs, key = {}, jax.random.key(0)
+    for name in names:
+        made = experiment(work, name, None, work.steps)
+        program: Program = compiled(made.stages[0].learner, None)
+        drawn = made.stages[0].batches.open()
+        first = program.put(stacked(drawn, work.every))
+        jax.block_until_ready(program.step(program.init(key, None), first, work.every, key))
+        runs[name] = [program, program.init(key, None), drawn]
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(work.steps // work.every):
+        for name, (program, state, drawn) in runs.items():
+            batches = program.put(stacked(drawn, work.every))
+            began = time.perf_counter()
+            runs[name][1], _ = jax.block_until_ready(program.step(state, batches, work.every, key))
+            taken[name].append(time.perf_counter() - began)
+    return {name: np.array(turns) for name, turns in taken.items()}
 
 
 def learning_rates(name: str, trials: int) -> list[float]:
-    """Log-uniform over a decade on each side of the optimizer's middle: one draw in each of `trials` equal parts, the same for
-    all optimizers."""
+    """Log-uniform over DECADES around the optimizer's middle: one draw in each of `trials` equal parts, the same for all
+    optimizers."""
     parts = (np.arange(trials) + np.random.default_rng(0).uniform(size=trials)) / trials
-    return [float(x) for x in OPTIMIZERS[name][0] * 10 ** (2 * parts - 1)]
+    return [float(x) for x in OPTIMIZERS[name][0] * 10 ** (DECADES * (parts - 0.5))]
 
 
-def steps_to(target: float, losses: np.ndarray, every: int) -> np.ndarray:
-    """The first evaluation at which each member's loss is `target` or less, in steps; infinite where there is none."""
+def turns_to(target: float, losses: np.ndarray) -> np.ndarray:
+    """[members]: after how many evaluations each one's loss is `target` or less; infinite where it never is."""
     reached = losses <= target
-    return np.where(reached.any(0), (reached.argmax(0) + 1) * every, np.inf)
+    return np.where(reached.any(0), reached.argmax(0) + 1.0, np.inf)
 
 
-def said(value: float) -> float | str:
-    return float(f"{value:.4g}") if np.isfinite(value) else "not reached"
+def said(value: float, otherwise: str = "not reached") -> float | str:
+    return float(f"{value:.4g}") if np.isfinite(value) else otherwise
 
 
-def race(work: Work, steps: int, trials: int, seeds: int, times: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+def race(
+    work: Work, trials: int, seeds: int, times: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, list[list[float | str]]]]:
     """(facts by optimizer, curves by optimizer: [seeds][evaluations])."""
     tuned, runs = {}, {}
     for name in times:
         began = time.perf_counter()
         rates = learning_rates(name, trials)
-        last = curves(work, name, rates, steps, jax.random.key(1), work.tuning)[-1]
-        tuned[name] = rates[int(np.argmin(np.where(np.isfinite(last), last, np.inf)))]
-        runs[name] = curves(work, name, [tuned[name]] * seeds, steps, jax.random.key(0), work.reporting)
-        say(f"  {name}: rate {tuned[name]:.3g}, test loss {np.median(runs[name][-1]):.4f}, {time.perf_counter() - began:.0f} s")
+        last = curves(work, name, rates, jax.random.key(1), work.tuning)[-1]
+        if not np.isfinite(last).any():
+            raise RuntimeError(f"{work.title}, {name}: all {trials} trials have diverged")
+        tuned[name] = int(np.argmin(last))
+        runs[name] = curves(work, name, [rates[tuned[name]]] * seeds, jax.random.key(0), work.reporting)
+        say(
+            f"  {name}: rate {rates[tuned[name]]:.3g}, test loss {np.median(runs[name][-1]):.4f}, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
     target = float(np.median(runs["adamw"][-1]))
+    adamw = float(np.median(turns_to(target, runs["adamw"])))
     facts = {}
     for name, losses in runs.items():
-        needed = steps_to(target, losses, work.every)
-        middle = tuned[name] / OPTIMIZERS[name][0]
+        turns, milliseconds = turns_to(target, losses), 1e3 * times[name] / work.every
+        needed = float(np.median(turns))
+        taken = times[name][: int(needed)].sum() if np.isfinite(needed) else np.inf
         facts[name] = {
-            "learning rate": said(tuned[name]),
-            "learning rate is at the edge of its range": bool(
-                middle < 10 ** (-1 + 2 / trials) or middle > 10 ** (1 - 2 / trials)
-            ),
-            "last test loss, median": said(np.median(losses[-1])),
-            "last test loss, range": [said(losses[-1].min()), said(losses[-1].max())],
-            "steps to AdamW's loss, median": said(np.median(needed)),
-            "seconds to AdamW's loss, median": said(np.median(needed) * times[name]),
-            "seeds that reached it": f"{int(np.isfinite(needed).sum())} of {seeds}",
-            "milliseconds a step": said(1e3 * times[name]),
+            "learning rate": said(learning_rates(name, trials)[tuned[name]]),
+            "learning rate is at the edge of its range": tuned[name] in (0, trials - 1),
+            "last test loss, median": said(np.median(losses[-1]), "diverged"),
+            "last test loss, range": [said(losses[-1].min(), "diverged"), said(losses[-1].max(), "diverged")],
+            "steps to AdamW's loss, median": said(needed * work.every),
+            "AdamW's steps over its": said(adamw / needed) if np.isfinite(needed) else "not reached",
+            "seconds to AdamW's loss": said(taken),
+            "seeds that reached it": f"{int(np.isfinite(turns).sum())} of {seeds}",
+            "milliseconds a step, median": said(np.median(milliseconds)),
+            "milliseconds a step, range": [said(milliseconds.min()), said(milliseconds.max())],
         }
-    return facts, {name: [[said(x) for x in member] for member in losses.T] for name, losses in runs.items()}
+    return facts, {name: [[said(x, "diverged") for x in member] for member in losses.T] for name, losses in runs.items()}
 
 
 def say(text: str) -> None:
@@ -205,38 +224,39 @@ def say(text: str) -> None:
 
 
 def draw(row: dict[str, Any], path: Path) -> None:
-    """Medians over seeds, the range shaded."""
+    """Medians over seeds, the range shaded; a line ends where half of the seeds have diverged."""
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.5))
     for name, members in row["curves"].items():
-        losses = np.array([[x if isinstance(x, float) else np.nan for x in member] for member in members])
+        losses = np.array([[x if isinstance(x, float) else np.inf for x in member] for member in members])
         at = row["every"] * np.arange(1, losses.shape[1] + 1)
-        (line,) = ax.plot(at, np.nanmedian(losses, 0), label=name)
-        ax.fill_between(at, np.nanmin(losses, 0), np.nanmax(losses, 0), color=line.get_color(), alpha=0.15)
+        (line,) = ax.plot(at, np.median(losses, 0), label=name)
+        ax.fill_between(at, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15)
     ax.set(title=row["work"], xlabel="steps", ylabel="test loss", yscale="log")
+    ax.title.set_fontsize(9)
     ax.legend(fontsize=8)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def main(work: Sequence[str] | None, quick: bool) -> list[dict[str, Any]]:
+def main(work: Sequence[str] | None, quick: bool, plots: str) -> list[dict[str, Any]]:
     chosen = {name: w for name, w in works().items() if work is None or name in work}
-    trials, seeds, rounds, names = TRIALS, SEEDS, 5, list(OPTIMIZERS)
+    trials, seeds, names = TRIALS, SEEDS, list(OPTIMIZERS)
     if quick:
         chosen = {name: w._replace(steps=20, every=10) for name, w in chosen.items()}
-        trials, seeds, rounds, names = 2, 2, 1, ["adamw", "soap"]
-    times = {work: {name: seconds_a_step(w, name, rounds) for name in names} for work, w in chosen.items()}
-    total = sum((trials + seeds) * chosen[work].steps * s for work, own in times.items() for s in own.values())
-    say(f"{len(names)} optimizers, {trials} trials and {seeds} seeds each: about {total / 60:.0f} minutes, and compiling")
+        trials, seeds, names = 2, 2, ["adamw", "soap"]
+    times = {name: seconds(w, names) for name, w in chosen.items()}
+    total = (trials + seeds) * sum(turns.sum() for own in times.values() for turns in own.values())
+    say(f"{len(names)} optimizers, {trials} trials, {seeds} seeds: {total / 60:.0f} minutes of steps, and what else it takes")
     rows = []
     for name, w in chosen.items():
-        say(f"{w.title}, {w.steps} steps")
-        facts, seen = race(w, w.steps, trials, seeds, times[name])
-        rows.append({"work": f"{w.title}, {w.steps} steps", "facts": facts, "every": w.every, "curves": seen})
-        if not quick:
-            draw(rows[-1], PLOTS / f"optimizers_{name}.png")
+        say(w.said)
+        facts, seen = race(w, trials, seeds, times[name])
+        rows.append({"work": w.said, "facts": facts, "every": w.every, "curves": seen})
+        draw(rows[-1], Path(plots) / f"optimizers_{name}.png")
     return rows
 
 
@@ -244,4 +264,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", nargs="+", choices=list(works()), help="which races; all, unless said")
     parser.add_argument("--quick", action="store_true", help="two optimizers, 20 steps, 2 trials and 2 seeds: no measurement")
+    parser.add_argument("--plots", default="runs/optimizers", metavar="FOLDER", help="for curves (default: runs/optimizers)")
     run(main, parser)

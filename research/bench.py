@@ -54,13 +54,13 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def facts(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What rows say that is no time: counts, sizes, slopes."""
+    """What rows say beside the sides that were timed: counts, sizes, slopes."""
     out = []
     for row in rows:
         for i, (side, found) in enumerate(row.get("facts", {}).items()):
             for j, (name, value) in enumerate(found.items()):
                 out.append(("" if i or j else row["work"], "" if j else side, name, str(value)))
-    return Table("Counts, which are no times", ("work", "side", "what", "value"), out)
+    return Table("Findings", ("work", "side", "what", "value"), out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,7 +105,9 @@ def measured(python: str, script: Path, options: Sequence[str]) -> list[dict[str
     """The rows that a benchmark gives, run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
+        # threads of OpenBLAS wait busily beside XLA's: with another job on the machine, QR took 30 times as long for them
+        defaults = {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": ""}
+        environment = {**defaults, **os.environ, "PYTHONPATH": str(REPO)}
         done = subprocess.run([python, str(script), "--json", str(path), *options], cwd=REPO, env=environment, check=False)
         if done.returncode:
             raise ValueError(f"{script.name} ended with code {done.returncode}; nothing was kept")

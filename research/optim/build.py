@@ -33,7 +33,7 @@ from research.optim.soap import scale_by_soap
 
 CONSTANT: Mapping[str, Any] = {"name": "constant"}
 NONE: Mapping[str, Any] = {}
-MATRIX_FREE = r"(^|/)(\w*embed\w*|tables?|position\w*|(\w+_)?head|\w*norm\w*|conv|bias|scale|\w+_bias)(/|$)"
+MATRIX_FREE = r"(^|/)(\w*embed\w*|tables?|position\w*|(\w+_)?head|\w*norm\w*|conv|copy|bias|scale|\w+_bias)(/|$)"
 
 
 class Range(NamedTuple):
