@@ -79,7 +79,8 @@ class Work(NamedTuple):
 
     @property
     def said(self) -> str:
-        return f"{self.title}, {self.steps} steps, measured on 1 in {self.test_part} batches of test data"
+        part = f"1 in {self.test_part} batches of the test data" if self.test_part > 1 else "all test data"
+        return f"{self.title}, {self.steps} steps, measured on {part}"
 
 
 def works() -> dict[str, Work]:
