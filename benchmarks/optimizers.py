@@ -93,8 +93,8 @@ def works() -> dict[str, Work]:
     lm.evaluate.every = 30
     return {
         "gru": Work("MNIST-1D GRU", gru, "val", "nll", 1500, 50),
-        "vit": Work("Fashion-MNIST ViT, batch 16", vit, "val", "nll", 400, 20, test_part=10),
-        "lm": Work("lm/stdlib.py at its smoke size", lm, "val_part", "bits_per_byte", 300, 20, test_part=9),
+        "vit": Work("Fashion-MNIST ViT, batch 16", vit, "val", "nll", 300, 30, test_part=10),
+        "lm": Work("lm/stdlib.py at its smoke size", lm, "val_part", "bits_per_byte", 300, 30, test_part=27),
     }
 
 
