@@ -71,11 +71,18 @@ def results(paper: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def values(claim: Claim, lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The claim's values by the newest config that was run, one a seed."""
+def newest(claim: Claim, lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The claim's lines by the newest config that was run, the last of each seed."""
     ours = [line for line in lines if line["claim"] == claim.name]
-    newest = [line for line in ours if line["config_sha256"] == ours[-1]["config_sha256"]] if ours else []
-    return np.array(list({line["seed"]: line["value"] for line in newest}.values()), float)
+    return list({line["seed"]: line for line in ours if line["config_sha256"] == ours[-1]["config_sha256"]}.values())
+
+
+def shown(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The mean over seeds and its range; of one seed the value, with its 95% interval where the run has measured one."""
+    got = np.array([line["value"] for line in lines], float)
+    if len(got) == 1:
+        return f"{got[0]:.4g}" + (f" +- {lines[0]['interval']:.2g}" if "interval" in lines[0] else "") + " (1 seed)"
+    return f"{got.mean():.4g} ({got.min():.4g} to {got.max():.4g}, {len(got)} seeds)"
 
 
 def table(paper: str) -> Table:
@@ -83,10 +90,10 @@ def table(paper: str) -> Table:
     rows = []
     lines = results(paper)
     for claim in claims(paper):
-        got = values(claim, lines)
+        found = newest(claim, lines)
         (kind, bound), *_ = claim.accept.items()
-        ours = f"{got.mean():.4g} ({got.min():.4g} to {got.max():.4g}, {len(got)} seeds)" if len(got) else "not run"
-        verdict = "" if not len(got) else "met" if claim.met(float(got.mean())) else "MISSED"
+        verdict = ("met" if claim.met(float(np.mean([line["value"] for line in found]))) else "MISSED") if found else ""
+        ours = shown(found) if found else "not run"
         rows.append((claim.name, claim.metric, f"{claim.published:g}", ours, f"{kind} {bound:g}", verdict))
     return Table(paper, ("claim", "metric", "published", "ours: mean (range)", "accepted", ""), rows)
 
@@ -153,7 +160,8 @@ def reproduce(paper: str, arg: str, todo: Sequence[Claim], runs: Path, overrides
 
 
 def append(paper: str, todo: Sequence[Claim], summary: Mapping[str, Any], versions: Mapping[str, Any], config: Any) -> None:
-    """One line a claim and seed in results.jsonl; a population's members are seeds. The same result is not written twice."""
+    """One line a claim and seed in results.jsonl, with the metric's 95% interval where the summary has one; a population's
+    members are seeds. The same result is not written twice."""
     run = {
         "commit": (versions["git"] or {}).get("commit"),
         "config_sha256": config_sha256(config),
@@ -162,13 +170,14 @@ def append(paper: str, todo: Sequence[Claim], summary: Mapping[str, Any], versio
         "device": {"cpu": versions["cpu"]["model"], "cores": versions["cpu"]["cores"], "devices": versions["devices"]},
         "wall_seconds": summary["wall_seconds"],
     }
-    known = {(line["claim"], line["seed"], line["state_sha256"]) for line in results(paper)}
+    known = {(line["claim"], line["seed"], line["state_sha256"], line.get("interval")) for line in results(paper)}
     with open(PAPERS / paper / "results.jsonl", "a") as out:
         for claim in todo:
-            found = summary[claim.metric]
+            found, interval = summary[claim.metric], summary.get(f"{claim.metric}_interval")
+            own = {} if isinstance(found, list) or interval is None else {"interval": interval}
             for i, value in enumerate(found if isinstance(found, list) else [found]):
-                if (claim.name, config.seed + i, summary["state_sha256"]) not in known:
-                    out.write(json.dumps({"claim": claim.name, "value": value, "seed": config.seed + i, **run}) + "\n")
+                if (claim.name, config.seed + i, summary["state_sha256"], own.get("interval")) not in known:
+                    out.write(json.dumps({"claim": claim.name, "value": value, **own, "seed": config.seed + i, **run}) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from research import reproduce
 from research.__main__ import main
@@ -94,3 +95,35 @@ def test_a_changed_config_is_no_result_of_a_paper(tmp_path, capfd):
     changed = ["--config.train.steps=50", "--config.train.log_every=50", "--config.checkpoint.every=50"]
     assert main(["reproduce", "mnist1d", "--only", "linear", "--workdir", str(tmp_path), *changed]) == 0
     assert file.read_bytes() == before and "not recorded" in capfd.readouterr().out
+
+
+CLAIM = """
+[[claim]]
+name = "ours"
+arg = "a"
+source = "none"
+metric = "test/accuracy"
+published = 0.9
+accept = {at_least = 0.8}
+deviations = "none"
+"""
+
+
+def test_results_keep_their_intervals_and_are_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "PAPERS", tmp_path)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "claims.toml").write_text(CLAIM)
+    versions = dict.fromkeys(("git", "python", "jax", "jaxlib", "flax", "optax", "numpy", "devices")) | {
+        "cpu": {"model": "a", "cores": 2}
+    }
+
+    def kept(**summary):
+        told = {"state_sha256": "s", "wall_seconds": 1.0, **summary}
+        reproduce.append("some", reproduce.claims("some"), told, versions, ConfigDict({"seed": 0}))
+        ((*_, ours, _, verdict),) = reproduce.table("some").rows
+        return ours, verdict, len(reproduce.results("some"))
+
+    assert kept(**{"test/accuracy": 0.85}) == ("0.85 (1 seed)", "met", 1)
+    assert kept(**{"test/accuracy": 0.85, "test/accuracy_interval": 0.0123}) == ("0.85 +- 0.012 (1 seed)", "met", 2)
+    assert kept(**{"test/accuracy": 0.85, "test/accuracy_interval": 0.0123}) == ("0.85 +- 0.012 (1 seed)", "met", 2)
+    assert kept(**{"test/accuracy": [0.7, 0.8], "state_sha256": "t"}) == ("0.75 (0.7 to 0.8, 2 seeds)", "MISSED", 4)
