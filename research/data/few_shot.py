@@ -12,6 +12,7 @@ from research.data import glyphs as letters_of_scripts
 from research.data.episodes import Classes, classes_from_folders, classes_of
 from research.data.fashion_mnist import fashion_mnist
 from research.data.glyphs import DRAWERS, Glyphs, part_of
+from research.data.images import images_from_idx
 
 Parts = dict[str, Classes]
 PARTS = ("train", "validation", "test")
@@ -46,6 +47,25 @@ def fashion() -> Parts:
     return {name: classes_of(*held["test" if name == "test" else "train"], FASHION[name]) for name in PARTS}
 
 
+def idx(*, train_images: str, train_labels: str, test_images: str, test_labels: str) -> Parts:
+    """Digits, or whatever else comes as MNIST's four IDX files do, gzipped or not: every second label to learn from, by its
+    number, the others for the test, of the training and the test files. Validation has the labels of the test, on the training
+    images.
+
+    Raises ValueError: fewer than two labels, a label of the test part that the test files lack, or as `images_from_idx`.
+    """
+    train, test = images_from_idx(train_images, train_labels), images_from_idx(test_images, test_labels)
+    labels = np.unique(train.y).tolist()
+    if len(labels) < 2:
+        raise ValueError(f"data.train_labels={train_labels!r}: {len(labels)} labels; two are wanted at least")
+    shown, held_out = labels[::2], labels[1::2]
+    return {
+        "train": classes_of(train.x, train.y, shown),
+        "validation": classes_of(train.x, train.y, held_out),
+        "test": classes_of(test.x, test.y, held_out),
+    }
+
+
 def omniglot(*, path: str) -> Parts:
     """Omniglot (Lake et al. 2015) in `path`, as published: images_background/<alphabet>/<character>/*.png, whose alphabets are
     parted by name into training and validation, and images_evaluation/, the test. 28 x 28, ink 255.
@@ -78,6 +98,7 @@ SOURCES: Mapping[str, Callable[..., Parts]] = {
     "glyphs": glyphs,
     "letters": letters,
     "fashion_mnist": fashion,
+    "idx": idx,
     "omniglot": omniglot,
     "mini_imagenet": mini_imagenet,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,3 +56,27 @@ def test_fashion_shows_no_kind_of_the_test_in_training(monkeypatch):
 def test_letters_are_there_without_a_download():
     parts = SOURCES["letters"]()
     assert parts["train"].x.shape == (60 * 20, 28, 28, 1) and parts["train"].names[30] == "Latin A"
+
+
+def idx(path, array):
+    path.write_bytes(
+        gzip.compress(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
+    )
+    return str(path)
+
+
+def test_digits_of_idx_files_are_parted_by_label(tmp_path):
+    y = np.arange(30) % 10
+    files = {
+        f"{part}_images": idx(tmp_path / f"{part}x", np.stack([y] * 16, -1).reshape(30, 4, 4)) for part in ("train", "test")
+    }
+    labels = {f"{part}_labels": idx(tmp_path / f"{part}y", y) for part in ("train", "test")}
+    parts = SOURCES["idx"](**files, **labels)
+    assert {name: part.names for name, part in parts.items()} == {
+        "train": tuple("02468"),
+        "validation": tuple("13579"),
+        "test": tuple("13579"),
+    }
+    assert all(set(part.x[rows].ravel()) == {int(name)} for part in parts.values() for name, rows in zip(part.names, part.rows))
+    with pytest.raises(ValueError, match="1 labels; two are wanted at least"):
+        SOURCES["idx"](**files, **labels | {"train_labels": idx(tmp_path / "one", np.zeros(30))})
