@@ -14,8 +14,8 @@ rate. All runs see the same batches; a trial has an initialization of its own, t
 clipping of gradients, a warmup of 5% and a cosine to 0, for the schedule-free one a warmup alone. Muon's AdamW, for what is no
 hidden matrix, has Muon's learning rate.
 
-The target of a work is the median over seeds of AdamW's last test loss, which AdamW itself meets about when its cosine ends. A
-seed that never meets it counts as infinitely many steps in the median. Seconds are of one member alone, summed from the first
+The target of a work is the median over seeds of AdamW's last test loss, which AdamW itself may meet before its end. A seed
+that never meets it counts as infinitely many steps in the median. Seconds are of one member alone, summed from the first
 step to that one: all optimizers take turns of `every` steps over a whole run, after compiling.
 """
 
@@ -141,7 +141,7 @@ def curves(work: Work, name: str, rates: list[float], key: jax.Array, prefix: st
         state, _ = program.step(state, program.put(stacked(drawn, work.every)), work.every, key)
         if reported or done == work.steps:
             seen.append(np.asarray(evaluate(learner.variables(state), key)[work.measure], np.float64))
-    return np.nan_to_num(np.stack(seen), nan=np.inf)
+    return np.nan_to_num(np.stack(seen), nan=np.inf, posinf=np.inf)
 
 
 def seconds(work: Work, names: Sequence[str]) -> dict[str, np.ndarray]:
